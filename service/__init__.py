@@ -1,0 +1,1 @@
+"""Convoy's service: image classifiers over gRPC, on ONNX Runtime."""

@@ -1,0 +1,127 @@
+"""What can go wrong, in the terms of the domain.
+
+ConvoyError
+├── InvalidRequestError         the caller asked for something that cannot be done
+├── InvalidImageError           one image cannot be used; `reason` says why
+├── NotFoundError               no such model or version
+├── UnavailableError            try again later; `retry_after_ms` says when
+│   ├── OverloadedError         full, refused on arrival
+│   ├── DrainingError           shutting down
+│   └── ModelNotReadyError      known, but not able to answer now
+├── ExpiredError                the deadline passed, or would have
+├── ArtifactError               a model version on disk breaks the contract
+├── ConfigurationError          settings, ports, paths: the operator has to act
+│   └── ProviderError           an execution provider that was asked for is missing
+├── EngineError                 the runtime failed while computing
+│   ├── OutOfMemoryError        the device's allocator is exhausted
+│   └── DeviceLostError         sticky: this process cannot use the device any more
+├── DataError                   training data cannot be used
+└── TrainingError               training cannot go on
+
+Each message is one sentence or two for the person who has to act: what is wrong, and what to do. None of them knows
+gRPC, HTTP or exit codes: `service.rpc.status` and `service.exits` map them.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class ConvoyError(Exception):
+    """The root: everything Convoy raises on purpose."""
+
+
+class InvalidRequestError(ConvoyError):
+    """The request itself is wrong; sending it again will not help."""
+
+
+class ImageFault(enum.Enum):
+    """Why an image cannot be used. The names are those of the API's `ImageError.Reason`."""
+
+    EMPTY = "empty"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    CORRUPT = "corrupt"
+    TOO_LARGE = "too_large"
+    NON_FINITE_OUTPUT = "non_finite_output"
+
+
+class InvalidImageError(ConvoyError):
+    """One image cannot be classified; its neighbours can.
+
+    Attributes:
+        reason: the kind of fault, for programs and metrics.
+        image_format: format found in the header ("JPEG", "PNG" ...), or "unknown".
+    """
+
+    def __init__(self, reason: ImageFault, message: str, image_format: str = "unknown") -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.image_format = image_format
+
+
+class NotFoundError(ConvoyError):
+    """No such model, or no such version of it."""
+
+
+class UnavailableError(ConvoyError):
+    """Not now. The same request may succeed later, or on another replica.
+
+    Attributes:
+        retry_after_ms: when trying again makes sense; None if unknown.
+    """
+
+    def __init__(self, message: str, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
+class OverloadedError(UnavailableError):
+    """Refused on arrival because a bound is reached. `limit` names the bound, for metrics."""
+
+    def __init__(self, message: str, limit: str, retry_after_ms: int | None = None) -> None:
+        super().__init__(message, retry_after_ms)
+        self.limit = limit
+
+
+class DrainingError(UnavailableError):
+    """The server is shutting down."""
+
+
+class ModelNotReadyError(UnavailableError):
+    """The model is known but cannot answer now."""
+
+
+class ExpiredError(ConvoyError):
+    """The deadline passed before the work began, or would have passed before it ended."""
+
+
+class ArtifactError(ConvoyError):
+    """A model version on disk breaks the contract of `service.artifact`."""
+
+
+class ConfigurationError(ConvoyError):
+    """Settings that cannot work; the message names the setting."""
+
+
+class ProviderError(ConfigurationError):
+    """An execution provider that was asked for is not available."""
+
+
+class EngineError(ConvoyError):
+    """The runtime failed while computing a batch."""
+
+
+class OutOfMemoryError(EngineError):
+    """The allocator of the device is exhausted; a smaller batch may pass."""
+
+
+class DeviceLostError(EngineError):
+    """A sticky device error: nothing more can run in this process."""
+
+
+class DataError(ConvoyError):
+    """Training data that cannot be used; the message names the path."""
+
+
+class TrainingError(ConvoyError):
+    """Training cannot go on; the message gives advice."""
