@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import TrainingError
+from training import calibrate
+
+
+def drawn(logits, temperature, seed=0):
+    """Labels drawn from softmax(logits / temperature): the model is calibrated at exactly that temperature."""
+    rng = np.random.default_rng(seed)
+    chances = calibrate.softmax(logits, temperature).cumsum(axis=1)
+    return (rng.random((len(logits), 1)) > chances).sum(axis=1).clip(max=logits.shape[1] - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5, 8.0])
+def test_finds_the_temperature_that_the_labels_were_drawn_with(temperature):
+    logits = np.random.default_rng(1).normal(0, 4, (20_000, 10)).astype(np.float32)
+
+    found = calibrate.fit_temperature(logits, drawn(logits, temperature))
+
+    assert found == pytest.approx(temperature, rel=0.05)
+
+
+def test_is_the_minimum_of_the_likelihood():
+    logits = np.random.default_rng(2).normal(0, 4, (5000, 10)).astype(np.float32)
+    labels = drawn(logits, 2.0)
+
+    best = calibrate.fit_temperature(logits, labels)
+
+    at_best = calibrate.negative_log_likelihood(logits, labels, best)
+    for factor in (0.9, 0.98, 1.02, 1.1):
+        assert calibrate.negative_log_likelihood(logits, labels, best * factor) > at_best
+
+
+def test_lowers_the_calibration_error_and_keeps_the_predictions():
+    logits = np.random.default_rng(3).normal(0, 6, (10_000, 10)).astype(np.float32)
+    labels = drawn(logits, 3.0)
+
+    temperature = calibrate.fit_temperature(logits, labels)
+
+    before, after = calibrate.softmax(logits), calibrate.softmax(logits, temperature)
+    assert calibrate.expected_calibration_error(before, labels) > 0.2
+    assert calibrate.expected_calibration_error(after, labels) < 0.02
+    np.testing.assert_array_equal(before.argmax(axis=1), after.argmax(axis=1))
+
+
+def test_a_perfect_model_does_not_become_certain():
+    labels = np.arange(100) % 10
+    logits = np.eye(10, dtype=np.float32)[labels] * 12
+
+    temperature = calibrate.fit_temperature(logits, labels)
+
+    confidence = calibrate.softmax(logits, temperature).max()
+    assert 0.98 < confidence < 0.9999  # 100 images without an error allow no more than about 1 in 100
+
+
+def test_a_model_that_is_always_wrong_goes_to_the_upper_bound():
+    labels = np.arange(50) % 10
+    logits = np.eye(10, dtype=np.float32)[(labels + 1) % 10] * 5
+
+    assert calibrate.fit_temperature(logits, labels) == pytest.approx(calibrate.MAX_TEMPERATURE)
+
+
+def test_equal_logits_leave_the_temperature_alone():
+    assert calibrate.fit_temperature(np.zeros((5, 3), np.float32), np.zeros(5, np.int64)) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(2, 5), st.floats(0.01, 500), st.integers(0, 2**32 - 1))
+def test_stays_within_its_bounds_on_any_logits(images, classes, spread, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, (images, classes)).astype(np.float32)
+
+    found = calibrate.fit_temperature(logits, rng.integers(0, classes, images))
+
+    assert calibrate.MIN_TEMPERATURE <= found <= calibrate.MAX_TEMPERATURE
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((0, 3)), np.zeros(0, np.int64), "there are none"),
+        (np.zeros((2, 3)), np.zeros(3, np.int64), r"not \(2, 3\) and \(3,\)"),
+        (np.zeros((2, 3)), np.array([0, 3]), "do not fit 3 classes"),
+        (np.array([[0, np.nan]]), np.array([0]), "1 of 1 held-out images"),
+    ],
+)
+def test_refuses_what_cannot_be_calibrated(logits, labels, message):
+    with pytest.raises(TrainingError, match=message):
+        calibrate.fit_temperature(logits.astype(np.float32), labels)
+
+
+def test_reliability_counts_by_hand():
+    probabilities = np.array([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [0.5, 0.5]])
+    labels = np.array([0, 1, 1, 0])
+
+    found = calibrate.reliability(probabilities, labels, bins=10)
+
+    np.testing.assert_array_equal(found.count, [0, 0, 0, 0, 1, 0, 1, 0, 0, 2])
+    assert found.confidence[9] == pytest.approx(0.95)
+    assert found.accuracy[9] == 0.5
+    assert found.error == pytest.approx((0.5 + 0.35 + 2 * 0.45) / 4)
+
+
+def test_no_images_have_no_calibration_error():
+    assert calibrate.expected_calibration_error(np.zeros((0, 3)), np.zeros(0, np.int64)) == 0
