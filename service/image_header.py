@@ -1,0 +1,252 @@
+"""What an encoded image says of itself: format, size and EXIF orientation, without decoding a pixel.
+
+Limits are held against this header before any decoder sees the bytes, so that a pixel bomb costs microseconds. The
+parsers follow ITU-T T.81 (JPEG), the PNG specification, third edition, RFC 9649 (WebP), the GIF89a specification and
+Microsoft's BITMAPINFOHEADER; orientation is tag 0x0112 of EXIF 2.32 (CIPA DC-008). Nothing is read past the bytes
+given, and the number of blocks visited is bounded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from service.errors import ImageFault, InvalidImageError
+
+# Far above what encoders write (a 32 MiB PNG in blocks of 4 KiB has 8,192), far below what would hold the
+# interpreter for seconds.
+MAX_BLOCKS = 65_536
+
+_ORIENTATION_TAG = 0x0112
+_SHORT = 3
+_UPRIGHT = 1
+# Start-of-frame markers of the Huffman and arithmetic coded, sequential and progressive processes.
+_DECODABLE_SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
+_OTHER_SOF = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
+_SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Size in pixels as stored, before the orientation is applied.
+
+    `orientation` is EXIF's, 1 to 8; 1 is upright and what damaged or missing EXIF counts as. `components` is the
+    number of colour channels of a JPEG (1, 3 or 4) and 0 for the other formats.
+    """
+
+    format: str
+    width: int
+    height: int
+    orientation: int = _UPRIGHT
+    components: int = 0
+
+
+def read_header(data: bytes) -> Header:
+    """Finds out what the bytes are.
+
+    Raises:
+        InvalidImageError: no bytes (EMPTY), not one of the formats known here or a kind of it that cannot be decoded
+            (UNSUPPORTED_FORMAT), or a header that is cut short or contradicts its format (CORRUPT).
+    """
+    if not data:
+        raise InvalidImageError(ImageFault.EMPTY, "The image is empty: it has no bytes.")
+    name = sniff(data)
+    if name is None:
+        raise InvalidImageError(
+            ImageFault.UNSUPPORTED_FORMAT, "This is not an image in a known format; send JPEG, PNG, WebP, BMP or GIF."
+        )
+    try:
+        header = _PARSERS[name](data)
+    except (struct.error, IndexError, ValueError):
+        raise _corrupt(name, "its header is cut short or damaged") from None
+    if header.width < 1 or header.height < 1:
+        raise _corrupt(name, "its header gives a size of zero")
+    return header
+
+
+def sniff(data: bytes) -> str | None:
+    """Name of the format by its first bytes ("JPEG", "PNG", "WEBP", "BMP", "GIF"), or None."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"BM"):
+        return "BMP"
+    return None
+
+
+def _corrupt(name: str, what: str) -> InvalidImageError:
+    return InvalidImageError(ImageFault.CORRUPT, f"The {name} cannot be decoded: {what}.", name)
+
+
+def _jpeg(data: bytes) -> Header:
+    height = width = components = 0
+    orientation = _UPRIGHT
+    for marker, start, end in _jpeg_segments(data):
+        if marker in _DECODABLE_SOF:
+            precision, height, width, components = struct.unpack_from(">BHHB", data, start)
+            if precision != 8 or components not in {1, 3, 4}:  # noqa: PLR2004 - bits and channels, as they read
+                raise InvalidImageError(
+                    ImageFault.UNSUPPORTED_FORMAT,
+                    f"A JPEG of {precision} bits and {components} channels is not supported; save it as 8-bit RGB.",
+                    "JPEG",
+                )
+        elif marker in _OTHER_SOF:
+            raise InvalidImageError(
+                ImageFault.UNSUPPORTED_FORMAT,
+                "Lossless and hierarchical JPEG are not supported; save it as a baseline JPEG.",
+                "JPEG",
+            )
+        elif marker == _APP1 and data[start : start + 6] == b"Exif\0\0":
+            orientation = exif_orientation(data[start + 6 : end])
+    return Header("JPEG", width, height, orientation, components)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker and extent of each segment's content, up to the first scan."""
+    position = 2
+    for _ in range(MAX_BLOCKS):
+        if data[position] != 0xFF:  # noqa: PLR2004 - what every marker starts with
+            raise ValueError("no marker")
+        while data[position] == 0xFF:  # noqa: PLR2004 - any number of fill bytes may come before it
+            position += 1
+        marker = data[position]
+        position += 1
+        if marker in {_SOS, _EOI}:
+            return
+        if marker in _WITHOUT_LENGTH:
+            continue
+        (length,) = struct.unpack_from(">H", data, position)
+        yield marker, position + 2, position + length
+        position += length
+    raise ValueError("too many segments")
+
+
+def _png(data: bytes) -> Header:
+    if data[12:16] != b"IHDR":
+        raise ValueError("no IHDR")
+    width, height = struct.unpack_from(">II", data, 16)
+    return Header("PNG", width, height, _png_orientation(data))
+
+
+def _png_orientation(data: bytes) -> int:
+    """Orientation of the eXIf chunk, which may stand on either side of the pixels."""
+    position = 8
+    for _ in range(MAX_BLOCKS):
+        if position + 8 > len(data):
+            return _UPRIGHT  # cut short: whether the pixels are complete is for the decoder to say
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind == b"eXIf":
+            return exif_orientation(data[position + 8 : position + 8 + length])
+        if kind == b"IEND":
+            return _UPRIGHT
+        position += 12 + length
+    raise ValueError("too many chunks")
+
+
+def _webp(data: bytes) -> Header:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width = int.from_bytes(_exactly(data, 24, 3), "little") + 1
+        height = int.from_bytes(_exactly(data, 27, 3), "little") + 1
+        return Header("WEBP", width, height, _webp_orientation(data))
+    if kind == b"VP8L":
+        signature, bits = struct.unpack_from("<BI", data, 20)
+        if signature != 0x2F:  # noqa: PLR2004 - the byte that opens a lossless bitstream
+            raise ValueError("no VP8L signature")
+        return Header("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return Header("WEBP", width & 0x3FFF, height & 0x3FFF)
+    raise ValueError("no bitstream")
+
+
+def _webp_orientation(data: bytes) -> int:
+    position = 12
+    for _ in range(MAX_BLOCKS):
+        if position + 8 > len(data):
+            return _UPRIGHT
+        kind, length = struct.unpack_from("<4sI", data, position)
+        if kind == b"EXIF":
+            payload = data[position + 8 : position + 8 + length]
+            return exif_orientation(payload.removeprefix(b"Exif\0\0"))
+        position += 8 + length + (length & 1)
+    raise ValueError("too many chunks")
+
+
+def _bmp(data: bytes) -> Header:
+    (size,) = struct.unpack_from("<I", data, 14)
+    if size == 12:  # noqa: PLR2004 - BITMAPCOREHEADER, the only one with 16-bit sizes
+        width, height = struct.unpack_from("<HH", data, 18)
+    else:
+        width, height = struct.unpack_from("<ii", data, 18)
+    return Header("BMP", width, abs(height))  # a negative height says that the rows run downwards
+
+
+def _gif(data: bytes) -> Header:
+    """The screen, or the first frame where it reaches beyond the screen (decoders then enlarge the screen)."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    position = 13 + _colour_table_bytes(flags)
+    for _ in range(MAX_BLOCKS):
+        kind = data[position]
+        if kind == 0x2C:  # noqa: PLR2004 - image descriptor
+            left, top, frame_width, frame_height = struct.unpack_from("<4H", data, position + 1)
+            return Header("GIF", max(width, left + frame_width), max(height, top + frame_height))
+        if kind == 0x3B:  # noqa: PLR2004 - trailer
+            raise ValueError("no frame")
+        position += 1
+        if kind == 0x21:  # noqa: PLR2004 - extension: a label, then sub-blocks
+            position = _after_sub_blocks(data, position + 1)
+    raise ValueError("too many blocks")
+
+
+def _colour_table_bytes(flags: int) -> int:
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _after_sub_blocks(data: bytes, position: int) -> int:
+    for _ in range(MAX_BLOCKS):
+        length = data[position]
+        position += 1 + length
+        if length == 0:
+            return position
+    raise ValueError("too many sub-blocks")
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """Orientation, 1 to 8, of an EXIF block (a TIFF file without pixels); 1 if it has none or is damaged."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return _UPRIGHT
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for index in range(entries):
+            tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * index)
+            if tag == _ORIENTATION_TAG:
+                return int(value) if (kind, count) == (_SHORT, 1) and 1 <= value <= 8 else _UPRIGHT  # noqa: PLR2004
+    except struct.error:
+        return _UPRIGHT
+    return _UPRIGHT
+
+
+def _exactly(data: bytes, start: int, count: int) -> bytes:
+    piece = data[start : start + count]
+    if len(piece) != count:
+        raise ValueError("cut short")
+    return piece
+
+
+_PARSERS: dict[str, Callable[[bytes], Header]] = {
+    "JPEG": _jpeg,
+    "PNG": _png,
+    "WEBP": _webp,
+    "BMP": _bmp,
+    "GIF": _gif,
+}
