@@ -1,0 +1,50 @@
+"""Checkpoints: all of a run's state, written atomically and read without executing anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.errors import DataError, TrainingError
+
+FORMAT = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint of tensors and plain values; a crash leaves either the old file or the new one.
+
+    Raises:
+        TrainingError: it cannot be written (disk full, permissions).
+    """
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        with beside.open("wb") as stream:
+            torch.save({"format": FORMAT, **state}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise TrainingError(f"checkpoint {path} cannot be written: {error.strerror or error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint with `weights_only`: tensors and plain values, no code.
+
+    Raises:
+        DataError: it is missing, damaged, or of another format.
+    """
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; there is no run to go on with") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise DataError(f"{path} is a checkpoint of format {found!r}, this program reads {FORMAT}")
+    return dict(state)

@@ -1,0 +1,174 @@
+"""Every choice of a training run, declared once: frozen, validated, and stored with the model it made.
+
+An experiment file is YAML with these sections. Precedence: flags, then the file, then the defaults below. The
+defaults are the recipe for small images (`training/experiments/digits-lenet.yaml` says what it reaches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.artifact import NAME_PATTERN
+from service.errors import ConfigurationError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataConfig(Section):
+    """What is read and how it is split.
+
+    `validation`, `test`: fractions of each class held out, unless the data come with their own split. `split_seed`
+    decides which images those are. `min_side_pixels`: smaller images are reported and left out.
+    """
+
+    validation: Fraction = 0.1
+    test: Fraction = 0.1
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    min_side_pixels: Count = 4
+
+
+class ModelConfig(Section):
+    """Architecture and its options, as `training.models.create` takes them."""
+
+    name: str = "lenet5"
+    options: Mapping[str, Any] = {}
+
+
+class InputConfig(Section):
+    """What the model sees. None is the architecture's, or for `channels` what the images are.
+
+    `size`: height and width in pixels. `shorter_side`: what an image is scaled to before the centre crop; None: `size`.
+    """
+
+    size: Annotated[int, Field(ge=1, le=8192)] | None = None
+    channels: Literal[1, 3] | None = None
+    resize: Literal["crop", "stretch"] | None = None
+    shorter_side: Annotated[int, Field(ge=1, le=8192)] | None = None
+
+
+class AugmentConfig(Section):
+    """Random changes of the training images; each is drawn uniformly and anew for every image and epoch.
+
+    `rotation_degrees`: up to so far to either side. `translation`: up to this fraction of the side. `scale`: between
+    1 / (1 + scale) and 1 + scale. `fill`: what lies outside of the image. Flips change the meaning of digits and text
+    and are off unless asked for.
+    """
+
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 12.0
+    translation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    scale: Annotated[float, Field(ge=0, le=1)] = 0.1
+    horizontal_flip: bool = False
+    vertical_flip: bool = False
+    fill: Literal["zeros", "border", "reflection"] = "border"
+
+
+class OptimiserConfig(Section):
+    """How weights follow gradients.
+
+    `learning_rate`: the peak of the schedule; None takes the architecture's (`training.optimise`). `weight_decay`
+    spares biases and normalisation layers. `momentum` is that of Nesterov SGD, and the first beta of Adam and AdamW.
+    `clip_norm`: largest norm of the whole gradient; None does not clip.
+    """
+
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    learning_rate: Positive | None = None
+    weight_decay: NotNegative = 0.01
+    momentum: Fraction = 0.9
+    clip_norm: Positive | None = None
+
+
+class ScheduleConfig(Section):
+    """How the learning rate moves. `warmup`: fraction of all steps in which it rises; `final`: last rate over peak."""
+
+    name: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
+    warmup: Fraction = 0.3
+    final: Fraction = 0.0
+
+
+class LoopConfig(Section):
+    """The loop.
+
+    `batch_size`: images per step, over all processes. `ema_decay`: of the averaged weights; 0 keeps none.
+    """
+
+    epochs: Count = 30
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    label_smoothing: Fraction = 0.0
+    ema_decay: Fraction = 0.99
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Experiment(Section):
+    """A whole run. `name`: the model's name in the repository."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] = "model"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    input: InputConfig = InputConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+def load_experiment(file: Path | None, overrides: Mapping[str, Any]) -> Experiment:
+    """Reads an experiment file and lays overrides over it.
+
+    Args:
+        file: YAML; None takes the defaults.
+        overrides: values by dotted key, such as {"loop.epochs": 5}.
+
+    Raises:
+        ConfigurationError: the file cannot be read, is no YAML mapping, or a value is unknown or out of its range.
+    """
+    tree = _read_yaml(file) if file else {}
+    for key, value in overrides.items():
+        _put(tree, key, value)
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        where = f"{file}: " if file else ""
+        raise ConfigurationError(where + "; ".join(_fault(dict(e)) for e in error.errors())) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{file} cannot be read as an experiment file: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigurationError(f"{file} is no experiment file: it has to hold sections such as `loop:` and `data:`")
+    return tree
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigurationError(f"{key}: {section} is a single value, not a section")
+        tree = below
+    tree[leaf] = value
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "string_pattern_mismatch":
+        return f"{key} {error['input']!r} may hold letters, digits and ._- only, and starts with a letter or digit"
+    if error["type"] == "extra_forbidden":
+        return f"{key} is not a setting; `convoy train --help` lists them"
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,122 @@
+"""What a person sees while training runs: bars on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from training.evaluate import TOP_K, Evaluation
+from training.metrics import ClassScores
+from training.read import Fault
+
+_MOST_ROWS = 20
+
+
+class _Rate(ProgressColumn):
+    """Images per second, over the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} img/s" if speed else "", style="cyan")
+
+
+class Display:
+    """Writes to one console; on anything but a terminal there are no bars, only a line per epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, line: str) -> None:
+        """One line; markup is not interpreted, so that paths stay as they are."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def reading(self, files: int) -> Iterator[Callable[[int], None]]:
+        """A bar for reading files; yields what is told the number of files just done."""
+        with self._bar() as bar:
+            task = bar.add_task("Reading images", total=files, note="")
+            yield lambda done: bar.advance(task, done)
+
+    @contextmanager
+    def training(self, images_per_epoch: int, epochs: int, done: int = 0) -> Iterator[TrainingView]:
+        """A bar for the whole run, with the epoch, the loss and the latest validation figures beside it."""
+        with self._bar() as bar:
+            yield TrainingView(self, bar, images_per_epoch, epochs, done)
+
+    def faults(self, faults: Sequence[Fault]) -> None:
+        """Lists files that were set aside."""
+        for fault in faults[:_MOST_ROWS]:
+            self.say(f"  left out {fault.path}: {fault.message}")
+        if len(faults) > _MOST_ROWS:
+            self.say(f"  and {len(faults) - _MOST_ROWS} more")
+
+    def evaluation(self, evaluation: Evaluation, classes: Sequence[str], what: str) -> None:
+        """Accuracy, top-5 where it says something, and a table per class, hardest first if there are many."""
+        top5 = f", top-{TOP_K} {evaluation.top5:.2%}" if len(classes) > TOP_K else ""
+        self.say(f"{what}: accuracy {evaluation.accuracy:.2%}{top5} on {len(evaluation.labels)} images")
+        self.console.print(_class_table(evaluation.per_class(), classes))
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+
+class TrainingView:
+    """Watches the loop (`training.loop.Watcher`)."""
+
+    def __init__(self, display: Display, bar: Progress, images_per_epoch: int, epochs: int, done: int) -> None:
+        self._display = display
+        self._bar = bar
+        self._epochs = epochs
+        self._epoch = done
+        self._validated = ""
+        self._task = bar.add_task("", total=images_per_epoch * epochs, completed=images_per_epoch * done, note="")
+        self._describe()
+
+    def step(self, images: int, loss: float) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, advance=images, note=f"loss {loss:.3f}{self._validated}")
+
+    def epoch(self, figures: Mapping[str, float]) -> None:
+        """Prints the epoch where there is no bar to show it."""
+        self._epoch = int(figures["epoch"])
+        if "validation_accuracy" in figures:
+            self._validated = f"  validation {figures['validation_accuracy']:.2%}"
+        if not self._display.console.is_terminal:
+            self._display.say(
+                f"epoch {self._epoch}/{self._epochs}  loss {figures['train_loss']:.4f}{self._validated}  "
+                f"{figures['images_per_second']:,.0f} img/s"
+            )
+        self._describe()
+
+    def _describe(self) -> None:
+        self._bar.update(self._task, description=f"Training epoch {min(self._epoch + 1, self._epochs)}/{self._epochs}")
+
+
+def _class_table(scores: ClassScores, classes: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("class")
+    for name in ("precision", "recall", "F1", "images"):
+        table.add_column(name, justify="right")
+    rows = list(range(len(classes)))
+    if len(rows) > _MOST_ROWS:
+        rows = sorted(rows, key=lambda k: scores.f1[k])[:_MOST_ROWS]
+        table.title = f"the {_MOST_ROWS} hardest of {len(classes)} classes"
+    for k in rows:
+        figures = (scores.precision[k], scores.recall[k], scores.f1[k])
+        table.add_row(Text(classes[k]), *(f"{figure:.3f}" for figure in figures), str(scores.support[k]))
+    return table

@@ -1,0 +1,69 @@
+"""Exact figures on held-out images: every image counts once, and nothing is padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from training import metrics
+from training.pixels import Normaliser, unit_range
+
+_BATCH = 256
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on N images of K classes.
+
+    `logits`: float32[N, K]. `labels`: int64[N]. `loss`: mean cross-entropy in nats. `accuracy`, `top5`: 0..1.
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    loss: float
+    accuracy: float
+    top5: float
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """int64[N], the class with the highest logit."""
+        return np.asarray(self.logits.argmax(1), dtype=np.int64)
+
+    def per_class(self) -> metrics.ClassScores:
+        """Precision, recall and F1 of each class."""
+        return metrics.class_scores(metrics.confusion_matrix(self.predicted, self.labels, self.logits.shape[1]))
+
+
+def evaluate(
+    model: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], normalise: Normaliser
+) -> Evaluation:
+    """Runs `model` in evaluation mode over uint8[N, H, W, C] with labels int64[N]; N may not be 0."""
+    logits = predict(model, images, normalise)
+    return Evaluation(
+        logits=logits,
+        labels=labels,
+        loss=float(functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))),
+        accuracy=metrics.accuracy(logits.argmax(1), labels),
+        top5=metrics.top_k_accuracy(logits, labels, TOP_K),
+    )
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: NDArray[np.uint8], normalise: Normaliser) -> NDArray[np.float32]:
+    """Logits float32[N, K] of uint8[N, H, W, C]. The model's training mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [
+            model(normalise(unit_range(torch.from_numpy(images[at : at + _BATCH])))).numpy()
+            for at in range(0, len(images), _BATCH)
+        ]
+    finally:
+        model.train(was_training)
+    return np.concatenate(parts).astype(np.float32)

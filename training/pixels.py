@@ -1,0 +1,55 @@
+"""From cached pixels to what a model takes: uint8[N, H, W, C] to normalised float32[N, C, H, W]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_CHUNK = 256
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """uint8[N, H, W, C] to float32[N, C, H, W] in 0..1, without a copy for the change of axes (channels_last)."""
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+class Normaliser:
+    """Subtracts the mean and divides by the standard deviation, per channel, in units where pixels are 0..1."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None) -> None:
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        shape = (1, len(mean), 1, 1)
+        self._scale = torch.tensor([1 / s for s in std], device=device).view(shape)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(shape)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float32[N, C, H, W] in 0..1 to the same, normalised."""
+        return torch.addcmul(self._shift, images, self._scale)
+
+
+def channel_statistics(
+    images: NDArray[np.uint8], indices: NDArray[np.int64]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel over `images[indices]`, uint8[N, H, W, C], where pixels are 0..1.
+
+    Exact: sums are of integers. The deviation is at least 1/255, so that a constant channel can be divided by it.
+    """
+    total = np.zeros(images.shape[-1], dtype=np.float64)
+    squares = np.zeros_like(total)
+    for at in range(0, len(indices), _CHUNK):
+        chunk = images[indices[at : at + _CHUNK]].reshape(-1, images.shape[-1]).astype(np.uint32)
+        total += chunk.sum(0, dtype=np.uint64)
+        squares += np.square(chunk).sum(0, dtype=np.uint64)
+    count = len(indices) * images.shape[1] * images.shape[2]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
+    return _rounded(mean / 255), _rounded(std / 255)
+
+
+def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(round(float(value), 6) for value in values)

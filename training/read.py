@@ -1,0 +1,170 @@
+"""Reading the images once: decoded by the service's own preprocessing into one uint8 array, faults set aside.
+
+Reading checks and caches in a single pass: every file is decoded exactly once, in threads (decoders release the
+GIL), and what cannot be used is reported with its path instead of ending an epoch later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from service.artifact import InputSpec
+from service.errors import DataError, ImageFault, InvalidImageError
+from service.preprocess import preprocess
+from training.data import Listing
+
+_CHUNK = 32
+_GRAYSCALE_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A file that was set aside. `reason`: corrupt, empty, tiny, unsupported_format ..., for programs."""
+
+    path: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Decoded images. Batches are `images[indices]`, so that the loop waits for memory bandwidth and nothing else.
+
+    `images`: uint8[N, H, W, C]. `labels`: int64[N]. `digests`: uint8[N, 16], BLAKE2b of each encoded file.
+    """
+
+    listing: Listing
+    images: NDArray[np.uint8]
+    digests: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """int64[N], indices into `classes`."""
+        return self.listing.labels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in label order."""
+        return self.listing.classes
+
+    def digest(self) -> str:
+        """SHA-256 over paths, labels and contents, in hexadecimal: two equal ones mean the same data set."""
+        total = hashlib.sha256()
+        for path, label, content in zip(self.listing.paths, self.labels, self.digests, strict=True):
+            total.update(f"{path}\0{self.classes[label]}\0".encode())
+            total.update(content.tobytes())
+        return total.hexdigest()
+
+
+def read_images(
+    listing: Listing,
+    spec: InputSpec,
+    *,
+    min_side_pixels: int = 1,
+    workers: int = 2,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[Dataset, list[Fault]]:
+    """Decodes every file of a listing.
+
+    Args:
+        listing: what to read.
+        spec: shape and resize rule of the model's input.
+        min_side_pixels: images whose shorter side is smaller are set aside as tiny.
+        workers: threads.
+        advance: told the number of files done since it was last called.
+
+    Returns:
+        The usable images in the listing's order, and what was set aside.
+
+    Raises:
+        DataError: a class has no usable image left.
+    """
+    images = np.empty((len(listing), *spec.shape), dtype=np.uint8)
+    digests = np.zeros((len(listing), 16), dtype=np.uint8)
+    faults: dict[int, Fault] = {}
+
+    def read(chunk: range) -> int:
+        for i in chunk:
+            fault = _read_one(listing.file(i), spec, min_side_pixels, images[i], digests[i])
+            if fault:
+                faults[i] = Fault(listing.paths[i], *fault)
+        return len(chunk)
+
+    chunks = [range(at, min(at + _CHUNK, len(listing))) for at in range(0, len(listing), _CHUNK)]
+    with ThreadPoolExecutor(workers) as pool:
+        for done in pool.map(read, chunks):
+            advance(done)
+    good = np.setdiff1d(np.arange(len(listing)), list(faults))
+    dataset = Dataset(listing, images, digests) if not faults else _take(listing, images, digests, good)
+    _check_classes(listing, dataset.labels, len(faults))
+    return dataset, [faults[i] for i in sorted(faults)]
+
+
+def count_channels(listing: Listing, sample: int = 256) -> int:
+    """1 if all of a sample of evenly spaced readable files are grayscale, else 3; only headers are read."""
+    step = max(1, len(listing) // sample)
+    modes = set(_modes(listing.file(i) for i in range(0, len(listing), step)))
+    return 1 if modes and modes <= _GRAYSCALE_MODES else 3
+
+
+def _modes(files: Iterator[Path]) -> Iterator[str]:
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                yield image.mode
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+            continue  # reading reports it, with its path
+
+
+def _read_one(
+    file: Path, spec: InputSpec, min_side_pixels: int, out: NDArray[np.uint8], digest: NDArray[np.uint8]
+) -> tuple[str, str] | None:
+    try:
+        data = file.read_bytes()
+        preprocess(data, spec, out=out)
+    except OSError as error:
+        return "unreadable", str(error.strerror or error)
+    except InvalidImageError as error:
+        return error.reason.value, str(error)
+    digest[:] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), dtype=np.uint8)
+    if min_side_pixels > 1:
+        with Image.open(io.BytesIO(data)) as image:
+            if min(image.size) < min_side_pixels:
+                return "tiny", f"{image.width}x{image.height} pixels; the least is {min_side_pixels} on each side"
+    return None
+
+
+def _take(listing: Listing, images: NDArray[np.uint8], digests: NDArray[np.uint8], keep: NDArray[np.int64]) -> Dataset:
+    kept = Listing(
+        root=listing.root,
+        paths=tuple(listing.paths[i] for i in keep),
+        labels=listing.labels[keep],
+        classes=listing.classes,
+        splits=listing.splits[keep],
+    )
+    return Dataset(kept, images[keep], digests[keep])
+
+
+def _check_classes(listing: Listing, labels: NDArray[np.int64], faults: int) -> None:
+    counts = np.bincount(labels, minlength=len(listing.classes))
+    lost: Sequence[str] = [name for name, count in zip(listing.classes, counts, strict=True) if count == 0]
+    if lost:
+        raise DataError(
+            f"{listing.root}: none of the files of class {', '.join(lost[:5])} can be used ({faults} faults in all); "
+            "replace them or remove the folder"
+        )
+
+
+__all__ = ["Dataset", "Fault", "ImageFault", "count_channels", "read_images"]

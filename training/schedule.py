@@ -1,0 +1,24 @@
+"""The learning rate as a pure function of the step, so that a resumed run needs no schedule state."""
+
+from __future__ import annotations
+
+import math
+
+from training.config import ScheduleConfig
+
+
+def rate(config: ScheduleConfig, step: int, total: int) -> float:
+    """Multiple of the peak learning rate at `step` of `total`, counted from 0.
+
+    `one-cycle` rises and falls along half cosines (Smith and Topin, arXiv:1708.07120); `cosine` rises linearly and
+    falls along a half cosine (Loshchilov and Hutter, arXiv:1608.03983); `constant` rises linearly and stays.
+    """
+    warmup = max(1, round(config.warmup * total))
+    if step < warmup and config.warmup:
+        done = (step + 1) / warmup
+        return (1 - math.cos(math.pi * done)) / 2 if config.name == "one-cycle" else done
+    if config.name == "constant":
+        return 1.0
+    start = warmup if config.warmup else 0
+    done = (step - start) / max(1, total - start)
+    return config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2
