@@ -78,7 +78,7 @@ def run(experiment: Experiment, source: Path, repository: Path, runs: Path, disp
     write_split(folder / "split.csv", dataset.listing, split)
     mean, std = channel_statistics(dataset.images, split.train)
     normalise = Normaliser(mean, std)
-    trainer = _trainer(experiment, dataset, split, normalise)
+    trainer = build_trainer(experiment, dataset, split, normalise)
     trainer.model.check_input(spec.height, spec.width)
     display.say(
         f"{len(dataset.classes)} classes; {len(split.train)} images to train, {len(split.validation)} to validate, "
@@ -150,7 +150,8 @@ def _new_run(parent: Path, experiment: Experiment) -> Path:
     return folder
 
 
-def _trainer(experiment: Experiment, dataset: Dataset, split: Split, normalise: Normaliser) -> Trainer:
+def build_trainer(experiment: Experiment, dataset: Dataset, split: Split, normalise: Normaliser) -> Trainer:
+    """The model with weights drawn from the seed, and the trainer around it."""
     torch.manual_seed(derive(experiment.loop.seed, Purpose.WEIGHTS))
     channels = dataset.images.shape[-1]
     model = create(experiment.model.name, len(dataset.classes), channels, **experiment.model.options)
