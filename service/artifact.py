@@ -8,11 +8,14 @@ finished directory appear atomically. Nothing here needs ONNX Runtime: what only
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +40,7 @@ PROBABILITIES_NAME = "probabilities"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 _CHUNK_BYTES = 1 << 20
+_STALE_S = 24 * 3600
 
 
 class _Strict(BaseModel):
@@ -343,9 +347,16 @@ def publish(staging: Path, repository: Path, manifest: Manifest) -> Path:
 
 
 def staging_dir(repository: Path, name: str, version: int) -> Path:
-    """Makes an empty directory beside the future version, ignored by readers; leftovers of a crash are removed."""
-    path = repository / name / f".{version}.writing-{os.getpid()}"
-    shutil.rmtree(path, ignore_errors=True)
+    """Makes an empty directory beside the future version, ignored by readers, for this caller alone.
+
+    What crashed writers left behind is removed once it is a day old; younger ones may still be at work.
+    """
+    model_dir = repository / name
+    for leftover in model_dir.glob(".*.writing-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _STALE_S:
+                shutil.rmtree(leftover, ignore_errors=True)
+    path = model_dir / f".{version}.writing-{secrets.token_hex(8)}"
     path.mkdir(parents=True)
     return path
 

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+from service.artifact import InputSpec, Weights
+from training.trained import Trained
+
+DIGITS = InputSpec(height=8, width=8, channels=1)
+MEAN, STD = 0.3, 0.4
+
+
+def small_net(channels=1, classes=10):
+    """A padded convolution, batch normalisation, dropout and pooling: all that an export can get wrong."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(512, classes),
+    )
+
+
+def fitted(net, pixels, labels, epochs=6):
+    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+    y = torch.from_numpy(labels)
+    optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(y), generator=generator).split(64):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(net.train()(x[rows]), y[rows]).backward()
+            optimiser.step()
+    return net
+
+
+@pytest.fixture(scope="session")
+def digits_trained(tmp_path_factory):
+    """A small network trained for a second on scikit-learn's real digits, as training hands it to export."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = (images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
+    labels = labels.astype(np.int64)
+    folder = tmp_path_factory.mktemp("digits")
+    paths = []
+    for index, image in enumerate(pixels[:200]):
+        paths.append(folder / f"{labels[index]}-{index}.png")
+        Image.fromarray(image[:, :, 0]).save(paths[-1])
+    torch.manual_seed(0)
+    return Trained(
+        model=fitted(small_net(), pixels[200:], labels[200:]),
+        name="digits",
+        architecture="small-net",
+        classes=tuple(f"digit {n}" for n in range(10)),
+        input=DIGITS,
+        mean=(MEAN,),
+        std=(STD,),
+        temperature=1.3,
+        metrics={"accuracy": 0.97},
+        data={"source": "scikit-learn digits", "counts": {"train": [160] * 10, "holdout": [20] * 10}},
+        recipe={"epochs": 6, "optimiser": "adam"},
+        weights=Weights(source="trained from scratch", licence="CC0-1.0"),
+        canary=paths[:4],
+        calibration=pixels[200:400],
+        holdout=pixels[:200],
+        holdout_labels=labels[:200],
+        history=[
+            {"epoch": e, "train_loss": 1 / e, "val_loss": 1.1 / e, "val_accuracy": 1 - 0.5 / e} for e in (1, 2, 3)
+        ],
+        holdout_paths=paths,
+    )

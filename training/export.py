@@ -1,0 +1,118 @@
+"""From a trained model to a version that the service can load: export, gates, canary, card, publication.
+
+Nothing appears in the repository unless every gate has passed; then all of it appears at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+
+from service import artifact
+from service.artifact import CARD, MODEL, Canary, FileEntry, Manifest, Variant
+from training import gates, metrics, package, report, speed
+from training.gates import Parity
+from training.graph import Servable, check_size, to_onnx
+from training.runtime import CPU, Session
+from training.trained import Trained
+
+__all__ = ["Trained", "export_version"]
+
+
+def export_version(trained: Trained, repository: Path, *, batches: Sequence[int] = gates.BATCHES) -> Path:
+    """Exports a model, certifies it against PyTorch and publishes it as the next version.
+
+    Args:
+        trained: the model and what belongs to it.
+        repository: the version appears in `<repository>/<name>/<number>/`.
+        batches: batch sizes at which ONNX Runtime has to agree with PyTorch.
+
+    Returns:
+        The version's directory.
+
+    Raises:
+        TrainingError: the model cannot be exported, or the export does not do what the model does.
+        DataError: an image of the canary cannot be used.
+        ConfigurationError: the repository cannot be written.
+        ArtifactError: the version cannot be published.
+    """
+    trained.check()
+    servable = Servable(trained.model, trained.mean, trained.std, trained.temperature)
+    pixels = gates.sample(trained.holdout, max(batches))
+    wanted = gates.reference(servable, trained.mean, trained.std, pixels, len(trained.classes))
+    serialised = serialise(to_onnx(servable, trained.input), trained)
+    session = Session(serialised)
+    parity = gates.check_parity(session, wanted, pixels, batches)
+
+    outputs = session.run_all(trained.holdout)
+    float_variant = Variant(
+        name="fp32",
+        file=MODEL,
+        accuracy=metrics.accuracy(outputs.logits.argmax(axis=1), trained.holdout_labels),
+        images_per_second=speed.images_per_second(session, trained.holdout),
+        note=f"{speed.CONDITIONS} on {CPU}; {_describe(parity)}",
+    )
+    with package.staged(repository, trained.name) as staging:
+        (staging / MODEL).write_bytes(serialised)
+        canary = package.write_canary(staging, trained.canary, session, trained.input)
+        files = artifact.list_files(staging)
+
+        def manifest_of(version: int) -> Manifest:
+            manifest = _manifest(trained, version, canary, (float_variant,), files)
+            artifact.check_signature(manifest, *session.signature)
+            card = staging / CARD
+            card.write_text(report.render_card(trained, manifest, outputs), encoding="utf-8")
+            return manifest.model_copy(update={"files": {**files, CARD: artifact.file_entry(card)}})
+
+        return package.publish_next(staging, repository, trained.name, manifest_of)
+
+
+def serialise(model: onnx.ModelProto, trained: Trained) -> bytes:
+    """The graph with what it is written into its metadata, checked, as bytes of one file.
+
+    Raises:
+        TrainingError: it does not fit one file.
+    """
+    facts = {
+        "name": trained.name,
+        "architecture": trained.architecture,
+        "classes": json.dumps(trained.classes, ensure_ascii=False),
+        "input": trained.input.model_dump_json(),
+        "mean": json.dumps(trained.mean),
+        "std": json.dumps(trained.std),
+        "temperature": repr(trained.temperature),
+        "weights": trained.weights.model_dump_json(),
+    }
+    onnx.helper.set_model_props(model, {f"convoy.{key}": value for key, value in facts.items()})
+    check_size(model.ByteSize())
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString(deterministic=True)
+
+
+def _manifest(
+    trained: Trained, version: int, canary: Canary, variants: tuple[Variant, ...], files: Mapping[str, FileEntry]
+) -> Manifest:
+    return Manifest(
+        name=trained.name,
+        version=version,
+        created=artifact.now(),
+        architecture=trained.architecture,
+        classes=trained.classes,
+        input=trained.input,
+        temperature=trained.temperature,
+        files=files,
+        variants=variants,
+        canary=canary,
+        metrics=trained.metrics,
+        data=trained.data,
+        recipe=trained.recipe,
+        libraries=package.libraries(),
+        weights=trained.weights,
+    )
+
+
+def _describe(parity: Parity) -> str:
+    return f"probabilities within {parity.probability_difference:.1e} of PyTorch on {parity.images} images"

@@ -1,0 +1,88 @@
+"""ONNX Runtime as training needs it: to check what was exported and to measure it.
+
+The service has an engine of its own with buckets and providers; here a plain session on the CPU provider is the
+reference that every later provider is held against.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
+from service.errors import TrainingError
+
+CPU = "CPUExecutionProvider"
+
+_FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors arrive as exceptions, and need not be printed twice
+
+
+class Outputs(NamedTuple):
+    """Of N images: `logits` and `probabilities`, float32[N, K] each."""
+
+    logits: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+
+
+class Signature(NamedTuple):
+    """A graph's inputs and outputs: {name: (ORT type, shape)}."""
+
+    inputs: dict[str, tuple[str, list[int | str | None]]]
+    outputs: dict[str, tuple[str, list[int | str | None]]]
+
+
+class Session:
+    """A model file's bytes, ready to run.
+
+    Args:
+        model: the serialised graph, complete in itself.
+        provider: the execution provider; another one is never taken in its place.
+
+    Raises:
+        TrainingError: ONNX Runtime cannot load the graph, or lacks the provider.
+    """
+
+    def __init__(self, model: bytes, provider: str = CPU) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        try:
+            self._session = ort.InferenceSession(model, options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
+            raise TrainingError(f"ONNX Runtime cannot load the exported model: {_first_line(error)}") from error
+        taken = self._session.get_providers()[0]
+        if taken != provider:
+            raise TrainingError(f"{provider} is not usable here: ONNX Runtime took {taken} instead")
+
+    @property
+    def signature(self) -> Signature:
+        """What the graph takes and gives."""
+        return Signature(
+            {node.name: (node.type, node.shape) for node in self._session.get_inputs()},
+            {node.name: (node.type, node.shape) for node in self._session.get_outputs()},
+        )
+
+    def run(self, pixels: NDArray[np.uint8]) -> Outputs:
+        """One batch, uint8[N, H, W, C].
+
+        Raises:
+            TrainingError: the graph fails on it.
+        """
+        try:
+            found = self._session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: pixels})
+        except Exception as error:  # see above
+            raise TrainingError(
+                f"the exported model fails on a batch of {len(pixels)}: {_first_line(error)}"
+            ) from error
+        return Outputs(*found)
+
+    def run_all(self, pixels: NDArray[np.uint8], batch: int = 64) -> Outputs:
+        """Any number of images, `batch` at a time; see `run`."""
+        parts = [self.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
+        return Outputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.probabilities for p in parts]))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
