@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from service.errors import ConfigurationError
-from training.models import convnet, lenet
+from training.models import alexnet, convnet, googlenet, inception, lenet, resnet, vgg
 from training.models.architecture import Architecture, Classifier, Config
 
 _REGISTRY: dict[str, Architecture] = {
-    entry.name: entry for family in (convnet, lenet) for entry in family.ARCHITECTURES
+    entry.name: entry
+    for family in (convnet, lenet, alexnet, vgg, resnet, googlenet, inception)
+    for entry in family.ARCHITECTURES
 }
 
 
