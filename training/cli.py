@@ -78,7 +78,7 @@ _SETTINGS = {
     help="Checkpoints and settings go to RUNS/NAME/<number>/.",
 )
 def train(data: Path, repository: Path, runs: Path, config: Path | None, **flags: Any) -> None:
-    r"""Train on DATA and export a model version.
+    """Train on DATA and export a model version.
 
     DATA holds one folder of images per class. A stratified part is held out for validation and test, broken files
     are reported and left out, the best epoch is kept, checked and exported to ONNX.
@@ -105,6 +105,25 @@ def train(data: Path, repository: Path, runs: Path, config: Path | None, **flags
     display.say("Next:")
     display.say(f"  convoy serve --repository {repository}")
     display.say(f"  convoy classify IMAGE --server localhost:8500 --model {experiment.name}")
+
+
+@click.command(short_help="Train on real digits, serve the model, classify over gRPC.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(".demo"),
+    show_default=True,
+    help="Where the pictures, the run and the model go.",
+)
+@click.option("--train-only", is_flag=True, help="Stop when the model is exported.")
+def demo(folder: Path, train_only: bool) -> None:
+    """Train LeNet on 1,797 real handwritten digits, serve it, and classify the held-out ones over gRPC."""
+    require_extra()
+    from rich.console import Console
+
+    from training.demo import demo as run_demo
+
+    run_demo(folder, Console(), train_only=train_only)
 
 
 def require_extra() -> None:

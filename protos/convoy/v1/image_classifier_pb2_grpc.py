@@ -29,7 +29,7 @@ class ImageClassifierStub:
     """Answers which classes an image belongs to.
 
     Status codes of every method:
-    INVALID_ARGUMENT    the request is wrong (no image, too many images, a negative top_k ...) or *every* image in it
+    INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
     is unusable; the message names each image by its position and says why.
     NOT_FOUND           no such model, or no such version of it.
     RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).
@@ -68,7 +68,7 @@ class ImageClassifierServicer:
     """Answers which classes an image belongs to.
 
     Status codes of every method:
-    INVALID_ARGUMENT    the request is wrong (no image, too many images, a negative top_k ...) or *every* image in it
+    INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
     is unusable; the message names each image by its position and says why.
     NOT_FOUND           no such model, or no such version of it.
     RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).
@@ -132,7 +132,7 @@ class ImageClassifier:
     """Answers which classes an image belongs to.
 
     Status codes of every method:
-    INVALID_ARGUMENT    the request is wrong (no image, too many images, a negative top_k ...) or *every* image in it
+    INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
     is unusable; the message names each image by its position and says why.
     NOT_FOUND           no such model, or no such version of it.
     RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).

@@ -33,7 +33,7 @@ class ImageClassifierStub:
     """Answers which classes an image belongs to.
 
     Status codes of every method:
-      INVALID_ARGUMENT    the request is wrong (no image, too many images, a negative top_k ...) or *every* image in it
+      INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
                           is unusable; the message names each image by its position and says why.
       NOT_FOUND           no such model, or no such version of it.
       RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).
@@ -63,7 +63,7 @@ class ImageClassifierAsyncStub(ImageClassifierStub):
     """Answers which classes an image belongs to.
 
     Status codes of every method:
-      INVALID_ARGUMENT    the request is wrong (no image, too many images, a negative top_k ...) or *every* image in it
+      INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
                           is unusable; the message names each image by its position and says why.
       NOT_FOUND           no such model, or no such version of it.
       RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).
@@ -89,7 +89,7 @@ class ImageClassifierServicer(metaclass=_abc_1.ABCMeta):
     """Answers which classes an image belongs to.
 
     Status codes of every method:
-      INVALID_ARGUMENT    the request is wrong (no image, too many images, a negative top_k ...) or *every* image in it
+      INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
                           is unusable; the message names each image by its position and says why.
       NOT_FOUND           no such model, or no such version of it.
       RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).

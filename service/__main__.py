@@ -1,0 +1,5 @@
+"""`python -m service` is `convoy`."""
+
+from service.cli import main
+
+main()

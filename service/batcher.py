@@ -1,0 +1,247 @@
+"""Forms batches and runs them: late binding, one owner thread for each executor, one outcome for each job.
+
+A batch is closed only when an executor is free to run it, so batches grow from backlog and an idle executor adds no
+delay. The batcher knows no images, no gRPC and no ONNX: it moves parts of jobs to `run` and their results back to the
+futures that the jobs carry. The same class runs the decode pool (one job at a time) and the models' batches.
+
+Threads: `submit` and every change of a future happen on the event loop; owner threads wait on one condition, run, and
+hand a whole batch of results back in a single call to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from service.errors import ConvoyError, DrainingError, EngineError, ExpiredError
+from service.schedule import FairQueue, Part, Taken
+
+P = TypeVar("P")  # payload: a sequence with one element for each image
+R = TypeVar("R")  # result of one part
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True, eq=False)
+class Job(Generic[P, R]):
+    """One caller's images, and the future that gets their results.
+
+    Times are monotonic seconds. `results` holds (start, result) of each finished part; `queue_s` is the longest wait of
+    a part, `run_s` the longest run.
+    """
+
+    payload: P
+    size: int
+    deadline: float
+    future: asyncio.Future[Job[P, R]]
+    submitted: float
+    priority: int = 0
+    results: list[tuple[int, R]] = field(default_factory=list)
+    finished: int = 0
+    queue_s: float = 0.0
+    run_s: float = 0.0
+
+    @property
+    def abandoned(self) -> bool:
+        """The caller went away, or the job already failed."""
+        return self.future.done()
+
+
+class Observer(Protocol):
+    """What a batcher reports. Called on owner threads and on the loop; has to be quick and thread-safe."""
+
+    def batch(self, images: int, run_s: float) -> None:
+        """A batch of `images` ran for `run_s` seconds."""
+
+    def dropped(self, reason: str, jobs: int) -> None:
+        """Jobs left the queue without running: "expired" or "abandoned"."""
+
+    def late(self, jobs: int) -> None:
+        """Jobs finished after their deadline."""
+
+
+class Silent:
+    """An observer that does nothing."""
+
+    def batch(self, images: int, run_s: float) -> None:
+        """Nothing."""
+
+    def dropped(self, reason: str, jobs: int) -> None:
+        """Nothing."""
+
+    def late(self, jobs: int) -> None:
+        """Nothing."""
+
+
+Run = Callable[[Sequence[Part[Job[P, R]]]], Sequence[R]]
+
+
+class Batcher(Generic[P, R]):
+    """A queue and the threads that own the executors.
+
+    Args:
+        runs: one callable for each executor; each gets the parts of a batch and returns one result for each part, in
+            order. It is called on its own thread only.
+        max_images: largest batch, in images.
+        name: for thread names.
+        observer: receives counts and times.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run[P, R]],
+        *,
+        max_images: int,
+        name: str,
+        observer: Observer | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._max_images = max_images
+        self._observer = observer or Silent()
+        self._clock = clock
+        self._queue: FairQueue[Job[P, R]] = FairQueue()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._running = 0  # images in batches that run now
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._threads = [
+            threading.Thread(target=self._own, args=(run,), name=f"{name}-{number}", daemon=True)
+            for number, run in enumerate(runs)
+        ]
+
+    def start(self) -> None:
+        """Starts the owner threads. Call it on the event loop that will submit."""
+        self._loop = asyncio.get_running_loop()
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def queued_images(self) -> int:
+        """Images waiting."""
+        return self._queue.images
+
+    @property
+    def running_images(self) -> int:
+        """Images in batches that run now."""
+        return self._running
+
+    def submit(
+        self, payload: P, size: int, deadline: float, *, flow: Hashable = None, priority: int = 0
+    ) -> asyncio.Future[Job[P, R]]:
+        """Queues a job. Cancelling the future takes the job out before it runs.
+
+        Returns:
+            A future with the finished job. It fails with ExpiredError (never ran), DrainingError (closed) or whatever
+            `run` raised.
+        """
+        if self._loop is None:
+            raise RuntimeError("start() the batcher before submitting to it")
+        future: asyncio.Future[Job[P, R]] = self._loop.create_future()
+        job = Job[P, R](payload, size, deadline, future, self._clock(), priority)
+        with self._wake:
+            if self._closed:
+                future.set_exception(DrainingError("the server is shutting down"))
+                return future
+            self._queue.push(job, flow)
+            self._wake.notify()
+        return future
+
+    async def close(self) -> None:
+        """Fails what still waits, lets running batches finish, and ends the threads."""
+        with self._wake:
+            self._closed = True
+            waiting = self._queue.drain()
+            self._wake.notify_all()
+        for job in waiting:
+            self._fail(job, DrainingError("the server is shutting down"))
+        await asyncio.gather(*(asyncio.to_thread(thread.join) for thread in self._threads if thread.ident))
+
+    # --- on the owner threads
+
+    def _own(self, run: Run[P, R]) -> None:
+        while (taken := self._take()) is not None:
+            if taken.parts:
+                self._run(run, taken)
+            else:
+                self._call(self._drop, taken)
+
+    def _take(self) -> Taken[Job[P, R]] | None:
+        """Blocks until there is something to do; None when closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or len(self._queue))
+            if self._closed:
+                return None
+            taken = self._queue.take(self._max_images, self._clock())
+            self._running += sum(part.stop - part.start for part in taken.parts)
+            if len(self._queue):
+                self._wake.notify()  # a notify that reached a busy thread must not be lost
+            return taken
+
+    def _run(self, run: Run[P, R], taken: Taken[Job[P, R]]) -> None:
+        began = self._clock()
+        images = sum(part.stop - part.start for part in taken.parts)
+        error: ConvoyError | None = None
+        results: Sequence[R] = ()
+        try:
+            results = run(taken.parts)
+            if len(results) != len(taken.parts):
+                error = EngineError(f"{len(results)} results for {len(taken.parts)} parts")
+        except ConvoyError as raised:
+            error = raised
+        except Exception as raised:  # noqa: BLE001  # the thread owns the executor and must outlive any batch
+            error = EngineError(f"{type(raised).__name__}: {raised}")
+            error.__cause__ = raised
+        ended = self._clock()
+        with self._wake:
+            self._running -= images
+        self._observer.batch(images, ended - began)
+        self._call(self._deliver, taken, results, error, began, ended)
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function, *args)
+
+    # --- on the event loop
+
+    def _deliver(
+        self,
+        taken: Taken[Job[P, R]],
+        results: Sequence[R],
+        error: ConvoyError | None,
+        began: float,
+        ended: float,
+    ) -> None:
+        late = 0
+        for number, part in enumerate(taken.parts):
+            job = part.job
+            job.queue_s = max(job.queue_s, began - job.submitted)
+            job.run_s = max(job.run_s, ended - began)
+            if error is not None:
+                self._fail(job, error)
+                continue
+            job.results.append((part.start, results[number]))
+            job.finished += part.stop - part.start
+            if job.finished == job.size and not job.future.done():
+                late += ended > job.deadline
+                job.future.set_result(job)
+        if late:
+            self._observer.late(late)
+        self._drop(taken)
+
+    def _drop(self, taken: Taken[Job[P, R]]) -> None:
+        for job in taken.expired:
+            self._fail(job, ExpiredError("the deadline passed while the request waited for its turn"))
+        if taken.expired:
+            self._observer.dropped("expired", len(taken.expired))
+        if taken.abandoned:
+            self._observer.dropped("abandoned", len(taken.abandoned))
+
+    def _fail(self, job: Job[P, R], error: ConvoyError) -> None:
+        if not job.future.done():
+            job.future.set_exception(error)

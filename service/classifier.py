@@ -1,0 +1,209 @@
+"""One request: decode, submit, top-k. Knows no transport."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.admission import Admission
+from service.decode import Decoder, Encoded
+from service.engine import Outputs
+from service.errors import ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
+from service.metrics import Metrics
+from service.preprocess import Limits
+from service.repository import ServedModel
+
+# A request is worked on in chunks of so many images: while one is inferred, the next is decoded.
+CHUNK_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to return. `top_k` at least 1; `min_score` 0 to 1."""
+
+    top_k: int = 5
+    min_score: float = 0.0
+    logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Of one image: `classes` (index, score) best first, `logits` float32[K] if asked for."""
+
+    classes: Sequence[tuple[int, float]]
+    logits: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds; of several chunks the slowest in each stage."""
+
+    queue_s: float
+    decode_s: float
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One outcome for each image, in order."""
+
+    outcomes: list[Answer | InvalidImageError]
+    timing: Timing
+
+
+class Classifier:
+    """Classifies the images of one request with one model.
+
+    Args:
+        decoder: the decode stage, started.
+        admission: the bounds of the house.
+        limits: what may be decoded.
+        max_images: most images in one request.
+        metrics: receives durations and outcomes.
+    """
+
+    def __init__(
+        self, decoder: Decoder, admission: Admission, limits: Limits, max_images: int, metrics: Metrics
+    ) -> None:
+        self._decoder = decoder
+        self._admission = admission
+        self._limits = limits
+        self._max_images = max_images
+        self._metrics = metrics
+
+    async def classify(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
+        """Classifies encoded images.
+
+        Args:
+            model: the version that answers.
+            images: at least one encoded image.
+            query: what to return.
+            deadline: monotonic seconds by which the answer is wanted.
+
+        Raises:
+            InvalidRequestError: no image, or too many.
+            OverloadedError, DrainingError: refused on arrival.
+            ExpiredError: the deadline passed.
+            EngineError: the runtime failed.
+        """
+        self._check(images, query)
+        with self._admission.admit(len(images), sum(map(len, images))):
+            try:
+                async with asyncio.timeout_at(_on_loop_clock(deadline)):
+                    chunks = [self._chunk(model, chunk, query, deadline) for chunk in _chunks(images)]
+                    results = [await chunks[0]] if len(chunks) == 1 else await _all(chunks)
+            except TimeoutError:
+                raise ExpiredError("the deadline passed before the answer was ready") from None
+        result = _joined(results)
+        self._record(model.name, result)
+        return result
+
+    def _check(self, images: Sequence[bytes], query: Query) -> None:
+        if not images:
+            raise InvalidRequestError("the request has no image; put at least one into `images`")
+        if len(images) > self._max_images:
+            raise InvalidRequestError(
+                f"the request has {len(images)} images, at most {self._max_images} are allowed; split it"
+            )
+        if not 0 <= query.min_score <= 1:
+            raise InvalidRequestError(f"min_score is {query.min_score:g}, but scores are between 0 and 1")
+
+    async def _chunk(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
+        spec = model.version.manifest.input
+        work = Encoded(images, spec, self._limits, np.empty((len(images), *spec.shape), np.uint8))
+        decoded = await self._decoder.submit(work, len(images), deadline, flow=model.name)
+        faults = {position: fault for _, part in decoded.results for position, fault in part.items()}
+        good = [position for position in range(len(images)) if position not in faults]
+        timing = Timing(decoded.queue_s, decoded.run_s, 0.0)
+        outcomes: list[Answer | InvalidImageError | None] = [faults.get(position) for position in range(len(images))]
+        if good:
+            pixels = work.pixels if not faults else work.pixels[good]
+            inferred = await model.batcher.submit(pixels, len(good), deadline)
+            timing = Timing(decoded.queue_s + inferred.queue_s, decoded.run_s, inferred.run_s)
+            for position, answer in zip(good, answers(_rejoined(inferred.results), query), strict=True):
+                outcomes[position] = answer
+        return Result([outcome for outcome in outcomes if outcome is not None], timing)
+
+    def _record(self, model: str, result: Result) -> None:
+        stage = self._metrics.stage_seconds
+        stage.labels(model, "queue").observe(result.timing.queue_s)
+        stage.labels(model, "decode").observe(result.timing.decode_s)
+        stage.labels(model, "infer").observe(result.timing.inference_s)
+        faults = [outcome for outcome in result.outcomes if isinstance(outcome, InvalidImageError)]
+        self._metrics.images.labels(model, "classified").inc(len(result.outcomes) - len(faults))
+        if faults:
+            self._metrics.images.labels(model, "failed").inc(len(faults))
+        for fault in faults:
+            self._metrics.image_errors.labels(fault.reason.value, fault.image_format).inc()
+
+
+def answers(outputs: Outputs, query: Query) -> Iterator[Answer | InvalidImageError]:
+    """The best classes of each row; ties go to the smaller index.
+
+    Args:
+        outputs: float32[N, K] each.
+        query: what to return.
+    """
+    probabilities = outputs.probabilities
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, : query.top_k]
+    scores = np.take_along_axis(probabilities, best, axis=1)
+    finite = np.isfinite(probabilities) & np.isfinite(outputs.logits)
+    for row in range(len(best)):
+        if not finite[row].all():
+            yield InvalidImageError(
+                ImageFault.NON_FINITE_OUTPUT,
+                "the model's output for this image is not finite; report it to the operator",
+            )
+            continue
+        pairs = zip(best[row].tolist(), scores[row].tolist(), strict=True)
+        yield Answer(
+            [(index, score) for index, score in pairs if score >= query.min_score],
+            outputs.logits[row] if query.logits else None,
+        )
+
+
+def _chunks(images: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    for start in range(0, len(images), CHUNK_IMAGES):
+        yield images[start : start + CHUNK_IMAGES]
+
+
+async def _all(chunks: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Runs the chunks side by side; the first failure cancels the others and is raised as it is."""
+    tasks = [asyncio.create_task(chunk) for chunk in chunks]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _rejoined(results: list[tuple[int, Outputs]]) -> Outputs:
+    """The parts of a job in the order of its images, whatever order they ran in."""
+    if len(results) == 1:
+        return results[0][1]
+    parts = [outputs for _, outputs in sorted(results, key=lambda item: item[0])]
+    return Outputs(
+        np.concatenate([part.logits for part in parts]), np.concatenate([part.probabilities for part in parts])
+    )
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    if len(results) == 1:
+        return results[0]
+    timing = Timing(
+        max(r.timing.queue_s for r in results),
+        max(r.timing.decode_s for r in results),
+        max(r.timing.inference_s for r in results),
+    )
+    return Result([outcome for result in results for outcome in result.outcomes], timing)
+
+
+def _on_loop_clock(deadline: float) -> float:
+    """Event loops keep a monotonic clock of their own; uvloop's differs from time.monotonic by its start."""
+    return asyncio.get_running_loop().time() + (deadline - time.monotonic())

@@ -1,0 +1,50 @@
+"""The decode stage: turns the encoded images of a job into pixels, on threads of their own.
+
+It is a `Batcher` whose work is one image at a time, so decoding obeys the same deadlines, fairness and cancellation as
+inference: an image whose caller has gone is not decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.artifact import InputSpec
+from service.batcher import Batcher, Job, Observer
+from service.errors import InvalidImageError
+from service.preprocess import Limits, Pixels, preprocess
+from service.schedule import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Images as they came, and the model input they are for. `pixels`: uint8[n, H, W, C], filled by the decoder."""
+
+    images: Sequence[bytes]
+    spec: InputSpec
+    limits: Limits
+    pixels: Pixels
+
+
+# What decoding one part gives: the fault of each image that cannot be used, by its position in the job.
+Faults = dict[int, InvalidImageError]
+Decoder = Batcher[Encoded, Faults]
+
+
+def decode_pool(threads: int, observer: Observer) -> Decoder:
+    """A decode stage with so many threads."""
+    return Batcher([_decode] * threads, max_images=1, name="decode", observer=observer)
+
+
+def _decode(parts: Sequence[Part[Job[Encoded, Faults]]]) -> list[Faults]:
+    return [_decode_part(part.job.payload, part.start, part.stop) for part in parts]
+
+
+def _decode_part(work: Encoded, start: int, stop: int) -> Faults:
+    faults: Faults = {}
+    for position in range(start, stop):
+        try:
+            preprocess(work.images[position], work.spec, work.limits, out=work.pixels[position])
+        except InvalidImageError as fault:
+            faults[position] = fault
+    return faults

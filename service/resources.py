@@ -1,0 +1,47 @@
+"""How much of the machine this process may use.
+
+ONNX Runtime and most thread pools count the machine's processors; in a container that is wrong by the ratio of the
+machine to the quota, and costs throughput and tail latency.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def cpu_count(cgroup: Path = _CGROUP) -> int:
+    """CPUs this process may use, at least 1: the smaller of its affinity and its cgroup's quota, rounded up.
+
+    Source: Linux cgroup v2 `cpu.max` ("<quota> <period>" in microseconds, or "max"), v1 `cpu.cfs_quota_us`.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_quota(cgroup)
+    return max(1, affinity if quota is None else min(affinity, math.ceil(quota)))
+
+
+def cgroup_quota(cgroup: Path = _CGROUP) -> float | None:
+    """CPUs granted by the cgroup's quota; None if it grants all or cannot be read."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int((cgroup / "cpu" / "cpu.cfs_quota_us").read_text())
+        period_us = int((cgroup / "cpu" / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return quota_us / period_us if quota_us > 0 and period_us > 0 else None
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process in bytes; 0 where /proc is missing."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

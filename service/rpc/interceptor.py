@@ -1,0 +1,121 @@
+"""What happens around every RPC: request id, metrics, log, and errors turned into statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from grpc import aio
+
+from service import logs
+from service.errors import ConvoyError
+from service.metrics import Metrics
+from service.rpc import status
+
+REQUEST_ID = "x-request-id"
+_MAX_ID_LENGTH = 128
+
+Context = aio.ServicerContext[Any, Any]
+Method = Callable[[Any, Context], Awaitable[Any]]
+
+_log = logs.get("rpc")
+
+
+class Around(aio.ServerInterceptor):
+    """Wraps unary methods. Streaming ones (reflection) pass through: they only ever answer about the API itself."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._handlers: dict[str, Any] = {}  # by method path; only methods that exist get in
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Replaces a unary method by a watched one."""
+        path = handler_call_details.method
+        known = self._handlers.get(path)
+        if known is not None:
+            return known
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        watched = grpc.unary_unary_rpc_method_handler(
+            _Watched(path, handler.unary_unary, self._metrics).handle,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        self._handlers[path] = watched
+        return watched
+
+
+class _Watched:
+    """One method of the API, with everything around it."""
+
+    def __init__(self, path: str, method: Method, metrics: Metrics) -> None:
+        _, service, self._name = path.split("/", 2)
+        self._method = method
+        self._labels = ("unary", service, self._name)
+        self._started = metrics.grpc_started.labels(*self._labels)
+        self._seconds = metrics.grpc_seconds.labels(*self._labels)
+        self._handled = metrics.grpc_handled
+
+    async def handle(self, request: Any, context: Context) -> Any:
+        """Answers one call."""
+        began = time.monotonic()
+        self._started.inc()
+        request_id = _request_id(context)
+        structlog.contextvars.clear_contextvars()
+        logs.request_context(request_id=request_id, method=self._name)
+        context.set_trailing_metadata(((REQUEST_ID, request_id),))
+        code = grpc.StatusCode.OK
+        try:
+            return await self._method(request, context)
+        except asyncio.CancelledError:
+            code = _code_of_cancellation(context)
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever it is, the client gets a status and the log the cause
+            code = status.code_of(error)
+            _log_internal(error, code)
+            trailers = ((REQUEST_ID, request_id), *status.retry_pushback(error))
+            await context.abort(code, status.message_of(error, request_id), trailers)
+        finally:
+            self._record(code, time.monotonic() - began)
+
+    def _record(self, code: grpc.StatusCode, elapsed_s: float) -> None:
+        self._seconds.observe(elapsed_s)
+        self._handled.labels(*self._labels, _camel(code)).inc()
+        if code is not grpc.StatusCode.OK:
+            _log.info("rpc failed", code=code.name, duration_ms=round(elapsed_s * 1000, 2))
+
+
+def _code_of_cancellation(context: Context) -> grpc.StatusCode:
+    """A handler is cancelled when the client hangs up and also when its deadline passes."""
+    remaining: float | None = context.time_remaining()
+    passed = remaining is not None and remaining <= 0
+    return grpc.StatusCode.DEADLINE_EXCEEDED if passed else grpc.StatusCode.CANCELLED
+
+
+def _log_internal(error: Exception, code: grpc.StatusCode) -> None:
+    if code is grpc.StatusCode.INTERNAL:
+        unexpected = not isinstance(error, ConvoyError)
+        _log.error("internal error", error=f"{type(error).__name__}: {error}", exc_info=unexpected)
+
+
+def _camel(code: grpc.StatusCode) -> str:
+    """OK stays, INVALID_ARGUMENT becomes InvalidArgument: the label values of go-grpc-prometheus."""
+    return code.name if code is grpc.StatusCode.OK else code.name.title().replace("_", "")
+
+
+def _request_id(context: Context) -> str:
+    """The client's id if it is harmless in a log and a header, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID and isinstance(value, str) and 0 < len(value) <= _MAX_ID_LENGTH and value.isprintable():
+            return value
+    return uuid.uuid4().hex

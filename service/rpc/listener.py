@@ -1,0 +1,96 @@
+"""The gRPC server: options, services, health, reflection, port."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from convoy.v1 import image_classifier_pb2 as pb
+from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service.errors import ConfigurationError
+from service.metrics import Metrics
+from service.rpc.interceptor import Around
+from service.rpc.servicer import ImageClassifier
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
+
+
+class HealthName(enum.StrEnum):
+    """Services of `grpc.health.v1` that probes ask for. The empty one and the API's own follow `READINESS`."""
+
+    LIVENESS = "liveness"
+    READINESS = "readiness"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the listener behaves. `max_connection_age_s` 0 means never; `grace_s` is what a retired connection gets."""
+
+    host: str
+    port: int
+    max_message_bytes: int
+    max_connection_age_s: float
+    grace_s: float
+
+
+class Listener:
+    """Owns the port, the gRPC server and what health says."""
+
+    def __init__(self, options: Options, servicer: ImageClassifier, metrics: Metrics) -> None:
+        self._options = options
+        self._health = health.aio.HealthServicer()
+        self._server = aio.server(interceptors=[Around(metrics)], options=_channel_options(options))
+        pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.port = 0
+
+    async def start(self) -> None:
+        """Binds and listens: live, and not ready.
+
+        Raises:
+            ConfigurationError: the port is taken or the address is not ours.
+        """
+        address = f"{self._options.host}:{self._options.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigurationError(
+                f"cannot listen on {address}: the port is in use or the address is not of this machine; "
+                "choose another with --port or --host"
+            ) from None
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.READINESS, "", SERVICE)
+        await self._set(health_pb2.HealthCheckResponse.SERVING, HealthName.LIVENESS)
+        await self._server.start()
+
+    async def ready(self, *, ready: bool) -> None:
+        """Tells load balancers whether to send traffic. Liveness stays."""
+        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._set(state, HealthName.READINESS, "", SERVICE)
+
+    async def stop(self, grace_s: float) -> None:
+        """Closes the port at once, waits for calls in flight at most `grace_s` seconds, cancels the rest."""
+        await self._server.stop(grace_s)
+
+    async def _set(self, state: int, *names: str) -> None:
+        for name in names:
+            await self._health.set(name, state)
+
+
+def _channel_options(options: Options) -> list[tuple[str, int]]:
+    age_ms = round(options.max_connection_age_s * 1000) or 2**31 - 1
+    return [
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        # Without this a second server on the same port would silently take half of the traffic.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_connection_age_ms", age_ms),
+        ("grpc.max_connection_age_grace_ms", round(options.grace_s * 1000)),
+        # Clients behind NATs and proxies may ping as often as every 10 s, also between calls.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

@@ -1,0 +1,137 @@
+"""`convoy.v1.ImageClassifier`: messages in, domain calls, messages out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from convoy.v1 import image_classifier_pb2 as pb
+from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
+from grpc import aio
+
+from service import artifact
+from service.classifier import Answer, Classifier, Query, Result
+from service.errors import EngineError, ImageFault, InvalidImageError, InvalidRequestError
+from service.repository import Repository, ServedModel
+
+Context = aio.ServicerContext[Any, Any]
+
+DEFAULT_TOP_K = 5
+
+_REASONS = {fault: pb.ImageError.Reason.Value(fault.name) for fault in ImageFault}
+
+
+class ImageClassifier(pb_grpc.ImageClassifierServicer):
+    """Translates between the API and the domain; decides nothing.
+
+    Args:
+        repository: the models.
+        classifier: answers requests.
+        default_deadline_s: deadline of a call that brings none.
+        max_deadline_s: longest deadline.
+    """
+
+    def __init__(
+        self, repository: Repository, classifier: Classifier, default_deadline_s: float, max_deadline_s: float
+    ) -> None:
+        self._repository = repository
+        self._classifier = classifier
+        self._default_deadline_s = default_deadline_s
+        self._max_deadline_s = max_deadline_s
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:  # noqa: N802  # the name is the API's
+        """Classifies images."""
+        arrived = time.monotonic()
+        model = self._model(request)
+        query = Query(request.top_k or DEFAULT_TOP_K, request.min_score, request.return_logits)
+        result = await self._classifier.classify(model, request.images, query, arrived + self._budget_s(context))
+        _raise_if_all_failed(result)
+        return _response(model, result, time.monotonic() - arrived)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
+        """Lists what is served."""
+        del request, context
+        return pb.ListModelsResponse(models=[self._summary(model) for model in self._repository])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        """Describes one version."""
+        del context
+        model = self._model(request)
+        manifest = model.version.manifest
+        return pb.GetModelResponse(
+            summary=self._summary(model),
+            labels=manifest.classes,
+            input=_input(manifest.input),
+            metrics=manifest.metrics,
+            variants=[_variant(variant, active=variant.file == artifact.MODEL) for variant in manifest.variants],
+            sha256=model.version.digest,
+            temperature=manifest.temperature,
+            max_batch_size=model.engine.buckets[-1],
+        )
+
+    def _model(self, request: pb.ClassifyRequest | pb.GetModelRequest) -> ServedModel:
+        return self._repository.get(request.model, request.version if request.HasField("version") else None)
+
+    def _budget_s(self, context: Context) -> float:
+        remaining: float | None = context.time_remaining()  # None without a deadline, whatever its type says
+        return min(self._default_deadline_s if remaining is None else remaining, self._max_deadline_s)
+
+    def _summary(self, model: ServedModel) -> pb.ModelSummary:
+        manifest = model.version.manifest
+        return pb.ModelSummary(
+            name=manifest.name,
+            version=manifest.version,
+            state=pb.READY,
+            architecture=manifest.architecture,
+            num_classes=len(manifest.classes),
+            provider=model.engine.provider,
+            is_default=self._repository.get(manifest.name) is model,
+        )
+
+
+def _raise_if_all_failed(result: Result) -> None:
+    """A request of which nothing can be used is an error of the whole call."""
+    faults = [outcome for outcome in result.outcomes if isinstance(outcome, InvalidImageError)]
+    if len(faults) < len(result.outcomes):
+        return
+    if any(fault.reason is ImageFault.NON_FINITE_OUTPUT for fault in faults):
+        raise EngineError("the model's output is not finite for any image of the request")
+    raise InvalidRequestError("; ".join(f"image {position}: {fault}" for position, fault in enumerate(faults)))
+
+
+def _response(model: ServedModel, result: Result, total_s: float) -> pb.ClassifyResponse:
+    labels = model.version.manifest.classes
+    timing = result.timing
+    return pb.ClassifyResponse(
+        model=model.name,
+        version=model.number,
+        results=[_result(outcome, labels) for outcome in result.outcomes],
+        timing=pb.Timing(
+            queue_us=_us(timing.queue_s),
+            decode_us=_us(timing.decode_s),
+            inference_us=_us(timing.inference_s),
+            total_us=_us(total_s),
+        ),
+    )
+
+
+def _result(outcome: Answer | InvalidImageError, labels: tuple[str, ...]) -> pb.ImageResult:
+    if isinstance(outcome, InvalidImageError):
+        return pb.ImageResult(error=pb.ImageError(reason=_REASONS[outcome.reason], message=str(outcome)))
+    classes = [pb.Class(index=index, label=labels[index], score=score) for index, score in outcome.classes]
+    logits = None if outcome.logits is None else outcome.logits.tolist()
+    return pb.ImageResult(classification=pb.Classification(classes=classes, logits=logits))
+
+
+def _input(spec: artifact.InputSpec) -> pb.InputSpec:
+    return pb.InputSpec(height=spec.height, width=spec.width, channels=spec.channels, resize=spec.describe())
+
+
+def _variant(variant: artifact.Variant, *, active: bool) -> pb.Variant:
+    return pb.Variant(
+        name=variant.name, accuracy=variant.accuracy, images_per_second=variant.images_per_second, active=active
+    )
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1_000_000)

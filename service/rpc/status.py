@@ -1,0 +1,49 @@
+"""The one table from domain errors to gRPC status codes."""
+
+from __future__ import annotations
+
+import grpc
+
+from service.errors import (
+    ConvoyError,
+    EngineError,
+    ExpiredError,
+    InvalidImageError,
+    InvalidRequestError,
+    NotFoundError,
+    OutOfMemoryError,
+    UnavailableError,
+)
+
+# The first row whose class matches decides; everything else is INTERNAL.
+_TABLE: tuple[tuple[type[ConvoyError], grpc.StatusCode], ...] = (
+    (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (InvalidImageError, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (OutOfMemoryError, grpc.StatusCode.UNAVAILABLE),
+    (ExpiredError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (EngineError, grpc.StatusCode.INTERNAL),
+)
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """Status code that a client gets for an error."""
+    for kind, code in _TABLE:
+        if isinstance(error, kind):
+            return code
+    return grpc.StatusCode.INTERNAL
+
+
+def message_of(error: Exception, request_id: str) -> str:
+    """Text that a client gets: the domain's own sentence, or for a fault of the server only where to look it up."""
+    if code_of(error) is grpc.StatusCode.INTERNAL:
+        return f"internal error; the server's log has it under request id {request_id}"
+    return str(error)
+
+
+def retry_pushback(error: Exception) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata that tells gRPC's retry logic when to try again."""
+    if isinstance(error, UnavailableError) and error.retry_after_ms is not None:
+        return (("grpc-retry-pushback-ms", str(error.retry_after_ms)),)
+    return ()

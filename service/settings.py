@@ -1,0 +1,145 @@
+"""Every setting of the service, declared once.
+
+Sources, strongest first: flags of `convoy serve`, environment (`CONVOY_<NAME>`), the settings file (YAML, named by
+`--config` or `CONVOY_CONFIG`), the defaults below. Unknown keys in the file are errors. Only `service.server` reads
+this class; everything else receives plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+from yaml import YAMLError
+
+from service.errors import ConfigurationError
+
+MIB = 1 << 20
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseSettings):
+    """Settings of one server process. Frozen; validated as a whole at start."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CONVOY_", frozen=True, extra="forbid", protected_namespaces=(), validate_default=True
+    )
+
+    # --- what is served, and where
+    repository: Path = Field(Path("models"), description="Directory of models: <repository>/<model>/<version>/.")
+    models: tuple[str, ...] = Field((), description="Names of the models to serve; empty serves all of them.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: Port = Field(8500, description="gRPC port; 0 picks a free one.")
+    http_port: Port = Field(8501, description="HTTP port for /metrics and /health; 0 picks a free one.")
+
+    # --- what a request may ask for
+    max_message_bytes: int = Field(
+        32 * MIB, ge=4096, le=1024 * MIB, description="Largest gRPC message accepted, in bytes."
+    )
+    max_images_per_request: int = Field(256, ge=1, le=65536, description="Most images in one request.")
+    max_image_pixels: int = Field(64_000_000, ge=1, description="Most pixels of one image, read from its header.")
+    max_image_side: int = Field(32_768, ge=1, description="Longest side of one image in pixels.")
+    default_deadline_ms: int = Field(10_000, ge=1, description="Deadline of a call that brings none, in milliseconds.")
+    max_deadline_ms: int = Field(
+        60_000, ge=1, description="Longest deadline; a call that asks for more gets this, in milliseconds."
+    )
+
+    # --- how much may be in the house at once; beyond it calls are refused at once
+    max_pending_images: int = Field(
+        2048, ge=1, description="Most images admitted and not yet answered, over all models."
+    )
+    max_pending_bytes: int = Field(
+        512 * MIB, ge=1, description="Most bytes of encoded images admitted and not yet answered."
+    )
+
+    # --- the machine
+    max_batch_size: int = Field(32, ge=1, le=1024, description="Largest batch, in images.")
+    decode_threads: int = Field(
+        0, ge=0, le=256, description="Threads that decode images; 0 takes one for each CPU of the cgroup's quota."
+    )
+    intra_op_threads: int = Field(
+        0, ge=0, le=256, description="Threads of ONNX Runtime for one batch; 0 takes the cgroup's CPU quota."
+    )
+
+    # --- life cycle
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds between reporting NOT_SERVING and refusing calls, for load balancers to notice.",
+    )
+    drain_timeout_s: float = Field(
+        65.0, ge=0, description="Most seconds to wait for calls in flight at shutdown; the rest are cancelled."
+    )
+    max_connection_age_s: float = Field(
+        300.0,
+        ge=0,
+        description="Seconds after which a client has to reconnect, so that it finds new replicas; 0: never.",
+    )
+
+    # --- what is told
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console on a terminal, JSON lines otherwise."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.default_deadline_ms > self.max_deadline_ms:
+            raise ValueError("default_deadline_ms is longer than max_deadline_ms")
+        if self.max_images_per_request > self.max_pending_images:
+            raise ValueError("max_images_per_request is larger than max_pending_images: such a request never fits")
+        if self.max_message_bytes > self.max_pending_bytes:
+            raise ValueError("max_message_bytes is larger than max_pending_bytes: such a request never fits")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the file that `load` names; no .env files and no secrets directory."""
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Reads the settings from all sources.
+
+    Args:
+        config: YAML file; None for none.
+        flags: values given on the command line, by setting name; they win.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or a value is wrong; the message names each setting.
+    """
+    if config is not None and not config.is_file():
+        raise ConfigurationError(f"the settings file {config} does not exist")
+
+    class _WithFile(Settings):
+        model_config = SettingsConfigDict(yaml_file=config, yaml_file_encoding="utf-8")
+
+    try:
+        return _WithFile(**dict(flags or {}))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']} (got {e['input']!r})"
+            if e["loc"]
+            else e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
+        raise ConfigurationError(f"wrong settings: {faults}") from error
+    except (YAMLError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"the settings file {config} cannot be read: {error}") from error
