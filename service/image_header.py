@@ -18,12 +18,17 @@ from service.errors import ImageFault, InvalidImageError
 # interpreter for seconds.
 MAX_BLOCKS = 65_536
 
+# Each scan of a progressive JPEG visits every block of the image, and can be a hundred bytes long. Encoders write
+# about ten.
+MAX_SCANS = 200
+
 _ORIENTATION_TAG = 0x0112
 _SHORT = 3
 _UPRIGHT = 1
 # Start-of-frame markers of the Huffman and arithmetic coded, sequential and progressive processes.
 _DECODABLE_SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 _OTHER_SOF = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
+_PROGRESSIVE_SOF = frozenset({0xC2, 0xCA})
 _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 
@@ -89,42 +94,43 @@ def _jpeg(data: bytes) -> Header:
     height = width = components = 0
     orientation = _UPRIGHT
     for marker, start, end in _jpeg_segments(data):
-        if marker in _DECODABLE_SOF:
+        if marker in _DECODABLE_SOF or marker in _OTHER_SOF:
             precision, height, width, components = struct.unpack_from(">BHHB", data, start)
-            if precision != 8 or components not in {1, 3, 4}:  # noqa: PLR2004 - bits and channels, as they read
-                raise InvalidImageError(
-                    ImageFault.UNSUPPORTED_FORMAT,
-                    f"A JPEG of {precision} bits and {components} channels is not supported; save it as 8-bit RGB.",
-                    "JPEG",
-                )
-        elif marker in _OTHER_SOF:
-            raise InvalidImageError(
-                ImageFault.UNSUPPORTED_FORMAT,
-                "Lossless and hierarchical JPEG are not supported; save it as a baseline JPEG.",
-                "JPEG",
-            )
+            _check_jpeg_process(data, marker, precision, components)
         elif marker == _APP1 and data[start : start + 6] == b"Exif\0\0":
             orientation = exif_orientation(data[start + 6 : end])
     return Header("JPEG", width, height, orientation, components)
+
+
+def _check_jpeg_process(data: bytes, marker: int, precision: int, components: int) -> None:
+    if marker in _OTHER_SOF or precision != 8 or components not in {1, 3, 4}:  # noqa: PLR2004 - bits and channels
+        raise InvalidImageError(
+            ImageFault.UNSUPPORTED_FORMAT,
+            f"This kind of JPEG ({precision} bits, {components} channels, process {marker - 0xC0}) is not supported; "
+            "save it as an ordinary 8-bit JPEG.",
+            "JPEG",
+        )
+    if marker in _PROGRESSIVE_SOF and data.count(b"\xff\xda") > MAX_SCANS:
+        raise _corrupt("JPEG", f"it has more than {MAX_SCANS} scans")
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker and extent of each segment's content, up to the first scan."""
     position = 2
     for _ in range(MAX_BLOCKS):
-        if data[position] != 0xFF:  # noqa: PLR2004 - what every marker starts with
+        prefix, marker = data[position], data[position + 1]
+        if prefix != 0xFF:  # noqa: PLR2004 - what every marker starts with
             raise ValueError("no marker")
-        while data[position] == 0xFF:  # noqa: PLR2004 - any number of fill bytes may come before it
+        if marker == 0xFF:  # noqa: PLR2004 - a fill byte; the marker comes after any number of them
             position += 1
-        marker = data[position]
-        position += 1
-        if marker in {_SOS, _EOI}:
+        elif marker in {_SOS, _EOI}:
             return
-        if marker in _WITHOUT_LENGTH:
-            continue
-        (length,) = struct.unpack_from(">H", data, position)
-        yield marker, position + 2, position + length
-        position += length
+        elif marker in _WITHOUT_LENGTH:
+            position += 2
+        else:
+            (length,) = struct.unpack_from(">H", data, position + 2)
+            yield marker, position + 4, position + 2 + length
+            position += 2 + length
     raise ValueError("too many segments")
 
 
@@ -137,15 +143,16 @@ def _png(data: bytes) -> Header:
 
 def _png_orientation(data: bytes) -> int:
     """Orientation of the eXIf chunk, which may stand on either side of the pixels."""
+    orientation = _UPRIGHT
     position = 8
     for _ in range(MAX_BLOCKS):
         if position + 8 > len(data):
-            return _UPRIGHT  # cut short: whether the pixels are complete is for the decoder to say
+            return orientation  # cut short: whether the pixels are complete is for the decoder to say
         length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"eXIf":
-            return exif_orientation(data[position + 8 : position + 8 + length])
         if kind == b"IEND":
-            return _UPRIGHT
+            return orientation
+        if kind == b"eXIf":
+            orientation = exif_orientation(data[position + 8 : position + 8 + length])
         position += 12 + length
     raise ValueError("too many chunks")
 
@@ -192,8 +199,9 @@ def _bmp(data: bytes) -> Header:
 def _gif(data: bytes) -> Header:
     """The screen, or the first frame where it reaches beyond the screen (decoders then enlarge the screen)."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
-    position = 13 + _colour_table_bytes(flags)
-    for _ in range(MAX_BLOCKS):
+    position = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)  # after the global colour table
+    budget = iter(range(MAX_BLOCKS))
+    for _ in budget:
         kind = data[position]
         if kind == 0x2C:  # noqa: PLR2004 - image descriptor
             left, top, frame_width, frame_height = struct.unpack_from("<4H", data, position + 1)
@@ -202,16 +210,12 @@ def _gif(data: bytes) -> Header:
             raise ValueError("no frame")
         position += 1
         if kind == 0x21:  # noqa: PLR2004 - extension: a label, then sub-blocks
-            position = _after_sub_blocks(data, position + 1)
+            position = _after_sub_blocks(data, position + 1, budget)
     raise ValueError("too many blocks")
 
 
-def _colour_table_bytes(flags: int) -> int:
-    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
-
-
-def _after_sub_blocks(data: bytes, position: int) -> int:
-    for _ in range(MAX_BLOCKS):
+def _after_sub_blocks(data: bytes, position: int, budget: Iterator[int]) -> int:
+    for _ in budget:
         length = data[position]
         position += 1 + length
         if length == 0:

@@ -3,9 +3,10 @@
 One implementation for both rooms: the service decodes requests with it, training decodes its data set with it, so
 that the two cannot drift.
 
-Stages: header and limits (`service.image_header`), decode, crop and resize in one step (`service.geometry`),
-orientation, channels. The result is that of the textbook pipeline (apply the EXIF orientation, convert, resize the
-shorter side with antialiasing, cut the centre) to within rounding, with these conventions for what it leaves open:
+Stages: header and limits (`service.image_header`); decode, crop and resize in one (`service.geometry` says what,
+`service.decode_jpeg` and `service.decode_pillow` do it); orientation and channels. The result is that of the textbook
+pipeline (apply the EXIF orientation, convert, resize the shorter side with antialiasing, cut the centre) to within
+rounding, with these conventions for what that leaves open:
 
 - Transparency is composited over white, as viewers show it. The colour under transparent pixels is arbitrary
   (encoders drop it), so ignoring alpha would let files that look the same give different pixels.
@@ -19,39 +20,21 @@ shorter side with antialiasing, cut the centre) to within rounding, with these c
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
-from service import geometry
+from service import decode_jpeg, decode_pillow, geometry
 from service.artifact import InputSpec
 from service.errors import ImageFault, InvalidImageError
-from service.geometry import Window
 from service.image_header import Header, read_header
 
 FORMATS = frozenset({"JPEG", "PNG", "WEBP", "BMP", "GIF"})
 
 Pixels = NDArray[np.uint8]
 
-# Opened by class and not through Image.open: no other plugin can be reached, none is loaded in mid-request, and
-# limits are ours alone instead of a process-wide setting.
-_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "WEBP": WebPImageFile,
-    "BMP": BmpImageFile,
-    "GIF": GifImageFile,
-}
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # From an image as stored to the upright one, on the first two axes.
 _ORIENT: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda a: a[:, ::-1],
@@ -100,9 +83,8 @@ def preprocess(
         raise ValueError(f"out has to be contiguous uint8{list(spec.shape)}, not {out.dtype}{list(out.shape)}")
     header = read_header(data)
     _check_limits(header, limits or _DEFAULT_LIMITS)
-    window = geometry.window(header.width, header.height, header.orientation, spec)
     try:
-        stored = _decode(data, header, window, spec)
+        stored = _decode(data, header, spec)
     except MemoryError:
         raise InvalidImageError(
             ImageFault.TOO_LARGE,
@@ -137,59 +119,9 @@ def _check_limits(header: Header, limits: Limits) -> None:
         )
 
 
-def _decode(data: bytes, header: Header, window: Window, spec: InputSpec) -> Pixels:
+def _decode(data: bytes, header: Header, spec: InputSpec) -> Pixels:
     """The window's pixels, uint8[height, width, C or 1], oriented as stored."""
-    with _OPENERS[header.format](io.BytesIO(data)) as file:
-        if file.size != (header.width, header.height):
-            raise ValueError("two readings of the header differ")
-        scale = _draft(file, header, window, spec)
-        file.load()
-        image = _convert(file, spec.channels)
-    box = (window.left / scale, window.top / scale, window.right / scale, window.bottom / scale)
-    image = image.resize((window.width, window.height), _FILTERS[spec.resize.interpolation], box)
-    return _channels(image, spec.channels)
-
-
-def _draft(file: ImageFile.ImageFile, header: Header, window: Window, spec: InputSpec) -> int:
-    """Asks a JPEG decoder for an image scaled down in the DCT, still twice as large as needed; returns the scale."""
-    if header.format != "JPEG":
-        return 1
-    scale = next((s for s in (8, 4, 2) if window.shrink >= 2 * s), 1)
-    file.draft("L" if spec.channels == 1 else None, (header.width // scale, header.height // scale))
-    return scale
-
-
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """Mode L or RGB, or RGBa (colour multiplied by alpha) where there is transparency.
-
-    Interpolating premultiplied colour and compositing afterwards equals compositing first, and is cheaper.
-    """
-    if image.mode == "I;16":
-        image = _upper_byte(image)
-    if image.has_transparency_data:
-        return image.convert("RGBA").convert("RGBa")
-    if image.mode in {"1", "L"}:
-        return image.convert("L")
-    return image.convert("RGB" if channels == 3 else "L")  # noqa: PLR2004 - RGB
-
-
-def _upper_byte(image: Image.Image) -> Image.Image:
-    samples = np.asarray(image)
-    gray = Image.fromarray((samples >> 8).astype(np.uint8))
-    key = image.info.get("transparency")
-    if key is None:
-        return gray
-    opaque = Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8))
-    return Image.merge("LA", (gray, opaque))
-
-
-def _channels(image: Image.Image, channels: int) -> Pixels:
-    if image.mode == "RGBa":
-        pixels = np.asarray(image)
-        # Rounding may leave a premultiplied colour one above its alpha.
-        over_white = np.minimum(pixels[..., :3].astype(np.uint16) + (255 - pixels[..., 3:]), 255).astype(np.uint8)
-        image = Image.fromarray(over_white)
-    if channels == 1 and image.mode == "RGB":
-        image = image.convert("L")
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]  # noqa: PLR2004 - rows, columns, channels
+    window = geometry.window(header.width, header.height, header.orientation, spec)
+    if header.format == "JPEG":
+        return decode_jpeg.decode(data, header, window, spec)
+    return decode_pillow.decode(data, header, window, spec)
