@@ -1,16 +1,43 @@
-"""The architectures that Convoy trains, under one roof: `create` builds them, `describe` tells about them."""
+"""The architectures that Convoy trains, under one roof.
 
-from training.models.architecture import Architecture, Classifier, Config, Option, Outputs, PublishedWeights
-from training.models.registry import create, describe, names
+`create` builds a model, `describe` tells about an architecture, `load_weights` reads checkpoints, torchvision's among
+them.
+"""
+
+from training.models.architecture import (
+    Architecture,
+    Classifier,
+    Config,
+    Option,
+    Outputs,
+    PublishedWeights,
+    within,
+)
+from training.models.registry import create, describe, names, published
+from training.models.weights import (
+    LoadReport,
+    WeightsMismatchError,
+    adapt_input_channels,
+    load_weights,
+)
+from training.models.weights_file import WeightsFile, read_weights
 
 __all__ = [
     "Architecture",
     "Classifier",
     "Config",
+    "LoadReport",
     "Option",
     "Outputs",
     "PublishedWeights",
+    "WeightsFile",
+    "WeightsMismatchError",
+    "adapt_input_channels",
     "create",
     "describe",
+    "load_weights",
     "names",
+    "published",
+    "read_weights",
+    "within",
 ]

@@ -7,18 +7,20 @@ A family's file holds a frozen `Config` (what a model is built from), a `Classif
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from service.artifact import InputSpec
+from service.artifact import InputSpec, Resize
 from service.errors import ConfigurationError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_SMALL = 32  # pixels, of CIFAR and of padded MNIST
 
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
 
@@ -57,8 +59,20 @@ class Option:
             raise ConfigurationError(f"option {self.name} is {_TYPE_NAMES[wanted]}, not {value!r}")
         low, high = self.minimum, self.maximum
         if (low is not None and not value >= low) or (high is not None and not value <= high):
-            raise ConfigurationError(f"option {self.name} is {value!r}, but has to lie between {low:g} and {high:g}")
+            raise ConfigurationError(f"option {self.name} is {value!r}, but has to be {self.range}")
         return value
+
+    @property
+    def range(self) -> str | None:
+        """The numbers that are allowed, in words; None where all are."""
+        if self.minimum is None or self.maximum is None:
+            return None
+        return f"from {self.minimum:g} to {self.maximum:g}"
+
+
+def within(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether a state-dict name is, or lies below, one of the modules: `layer1.0.bn1.bias` lies within `layer1`."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def option(default: bool | float, help_: str, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -206,6 +220,16 @@ class Architecture:
         """What `create` takes beside the class count and the channels."""
         return self.config.option_list()
 
+    def input_for(self, options: Mapping[str, Any]) -> InputSpec:
+        """The default input of a model with these options: 32x32 where `small_images` is set, else `input`."""
+        if not options.get("small_images"):
+            return self.input
+        return InputSpec(height=_SMALL, width=_SMALL, channels=self.input.channels, resize=Resize(shorter_side=_SMALL))
+
+    def stage_of(self, name: str) -> int | None:
+        """Index into `stages` of a state-dict name; None for auxiliary heads."""
+        return next((index for index, stage in enumerate(self.stages) if within(name, stage)), None)
+
     def normalization(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation for an input of `channels`; averages if they are not the default channels."""
         if channels == self.channels:
@@ -213,26 +237,3 @@ class Architecture:
         mean = round(sum(self.mean) / len(self.mean), 6)
         std = round(sum(self.std) / len(self.std), 6)
         return (mean,) * channels, (std,) * channels
-
-
-def scaled(channels: int, width: float, multiple: int = 8) -> int:
-    """`channels` times `width`, rounded to a `multiple`, at least one of it; exactly `channels` for a width of 1."""
-    if width == 1:
-        return channels
-    return max(multiple, round(channels * width / multiple) * multiple)
-
-
-def pool_to(x: Tensor, size: int) -> Tensor:
-    """Adaptive average pooling of float32[N, C, H, W] to [N, C, size, size], with the plainest operator that does it.
-
-    Equal to `adaptive_avg_pool2d`, which the ONNX exporter turns into chains of gathers where it cannot tell that the
-    windows are regular.
-    """
-    height, width = int(x.shape[2]), int(x.shape[3])
-    if (height, width) == (size, size):
-        return x
-    if size == 1:
-        return x.mean((2, 3), keepdim=True)
-    if height % size == 0 and width % size == 0:
-        return functional.avg_pool2d(x, (height // size, width // size))
-    return functional.adaptive_avg_pool2d(x, size)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.artifact import InputSpec, Resize
-from training.models.architecture import Architecture, Classifier, Config, option, pool_to, scaled
+from training.models.architecture import Architecture, Classifier, Config, option
+from training.models.layers import pool_to, scaled
 
 
 @dataclass(frozen=True, kw_only=True)

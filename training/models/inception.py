@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.artifact import InputSpec, Resize
-from training.models.architecture import Architecture, Classifier, Config, Outputs, PublishedWeights, option, scaled
+from training.models.architecture import Architecture, Classifier, Config, Outputs, PublishedWeights, option
 from training.models.googlenet import ConvNorm
+from training.models.layers import scaled
 
 # Below this size of the inner map, the published pooling of the auxiliary head leaves less than its 5x5 convolution
 # needs. It is what images of 299 pixels give.

@@ -9,7 +9,7 @@ from typing import Any
 
 from service.errors import ConfigurationError
 from training.models import alexnet, convnet, googlenet, inception, lenet, resnet, vgg
-from training.models.architecture import Architecture, Classifier, Config
+from training.models.architecture import Architecture, Classifier, Config, PublishedWeights
 
 _REGISTRY: dict[str, Architecture] = {
     entry.name: entry
@@ -32,6 +32,11 @@ def describe(name: str) -> Architecture:
     if name not in _REGISTRY:
         raise ConfigurationError(f"there is no architecture {name!r}{_suggestion(name, names())}")
     return _REGISTRY[name]
+
+
+def published(file: str) -> tuple[Architecture, PublishedWeights] | None:
+    """The architecture and figures of a checkpoint that torchvision publishes under that file name."""
+    return next(((entry, w) for entry in _REGISTRY.values() for w in entry.weights if w.file == file), None)
 
 
 def create(name: str, num_classes: int = 1000, in_channels: int = 3, **options: bool | float) -> Classifier:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.artifact import InputSpec, Resize
-from training.models.architecture import Architecture, Classifier, Config, PublishedWeights, option, scaled
+from training.models.architecture import Architecture, Classifier, Config, PublishedWeights, option
+from training.models.layers import scaled
 
 
 @dataclass(frozen=True, kw_only=True)

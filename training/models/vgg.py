@@ -12,15 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from service.artifact import InputSpec, Resize
-from training.models.architecture import (
-    Architecture,
-    Classifier,
-    Config,
-    PublishedWeights,
-    option,
-    pool_to,
-    scaled,
-)
+from training.models.architecture import Architecture, Classifier, Config, PublishedWeights, option
+from training.models.layers import pool_to, scaled
 
 _CHANNELS = (64, 128, 256, 512, 512)
 

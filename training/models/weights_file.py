@@ -1,0 +1,103 @@
+"""Files of weights: PyTorch checkpoints and safetensors.
+
+Checkpoints are read with `weights_only`, so that nothing in them is executed. torchvision ends file names in the first
+8 hexadecimal digits of the file's SHA-256, which is verified offline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from service.errors import TrainingError
+from training.models.registry import published
+
+_HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
+# Where training scripts put the weights among other things, torchvision's reference scripts under the first.
+_NESTED = ("model", "state_dict", "model_state_dict")
+# What `nn.DataParallel`, `DistributedDataParallel` and `torch.compile` put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file in memory.
+
+    Attributes:
+        path: where it was.
+        state: its tensors on the CPU, by name.
+        sha256: of the file, in hexadecimal.
+        verified: the name carries a hash, and the file has it.
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+    sha256: str
+    verified: bool
+
+
+def read_weights(path: Path, *, check_hash: bool = True) -> WeightsFile:
+    """Reads names and tensors without executing anything.
+
+    Raises:
+        TrainingError: the file is missing or damaged, its SHA-256 contradicts its name, or it holds other things.
+    """
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            wanted = _hash_in(path.name) if check_hash else None
+            if wanted is not None and not digest.startswith(wanted):
+                raise TrainingError(
+                    f"{path} is damaged or was changed: its SHA-256 begins with {digest[:8]}, its name says {wanted}; "
+                    "download it again"
+                )
+            stream.seek(0)
+            content = _parse(path, stream)
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {error.strerror or error}") from error
+    return WeightsFile(path, _tensors(path, content), digest, wanted is not None)
+
+
+def _hash_in(name: str) -> str | None:
+    """The hash in a file name. Eight decimal digits are taken for a date, except in a name that torchvision uses."""
+    found = _HASH.search(name)
+    if found is None or (found[1].isdecimal() and published(name) is None):
+        return None
+    return found[1]
+
+
+def _parse(path: Path, stream: BinaryIO) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(stream.read())
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TrainingError(
+            f"{path} is no checkpoint, or holds more than tensors and plain values, which could run code; "
+            "where you trust it, save its state_dict() alone"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, LookupError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        raise TrainingError(f"{path} is no readable checkpoint: {str(error).partition(chr(10))[0]}") from error
+
+
+def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """The names and tensors in whatever the file holds."""
+    nested = (content[key] for key in _NESTED if isinstance(content, Mapping) and isinstance(content.get(key), Mapping))
+    state = next(nested, content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise TrainingError(f"{path} holds no weights: names with tensors, alone or under {' or '.join(_NESTED)}")
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    return dict(state)
