@@ -1,60 +1,163 @@
-"""What may enter: bounds on the images and bytes in the house, refused at once when full.
+"""What may enter: bounds on the images and bytes in the house, and on what could still be answered in time.
 
-Used on the event loop only, so it needs no lock. Knows no images, no gRPC and no ONNX.
+Everything that is refused is refused at once: a queue that cannot be served only makes all answers late. Used on the
+event loop only, so it needs no lock. Knows no images, no gRPC and no ONNX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from service.errors import DrainingError, OverloadedError
 
 # A full house empties within a few batches; sooner than that a retry only adds load.
 _RETRY_AFTER_MS = 100
 
+# A forecast is believed up to this part of the time that is left: being wrong costs a late answer.
+_CONFIDENCE = 0.8
+
+# A pace is measured over at least so many seconds of uninterrupted backlog, and forgotten slowly.
+_PACE_WINDOW_S = 0.05
+_PACE_GAIN = 0.2
+
+
+class Pace:
+    """Seconds for each image while there is a backlog: the reciprocal of the capacity, as it is right now.
+
+    It is measured at the exit, so it contains whatever limits the pipeline: decoding, the device, other models beside
+    it. Stretches in which the house ran empty are no measure of capacity and are left out.
+    """
+
+    def __init__(self) -> None:
+        self.seconds_per_image: float | None = None
+        self._since: float | None = None
+        self._images = 0
+
+    def left(self, images: int, still_pending: int, now: float) -> None:
+        """So many images were answered and so many are still to be."""
+        if self._since is not None:
+            self._images += images
+            elapsed = now - self._since
+            if elapsed >= _PACE_WINDOW_S:
+                self._learn(elapsed / self._images)
+                self._since, self._images = now, 0
+        # The backlog is one only if more is waiting than was just answered: else the next exit waits for an arrival.
+        if still_pending <= images:
+            self._since, self._images = None, 0
+        elif self._since is None:
+            self._since = now
+
+    def _learn(self, sample: float) -> None:
+        known = self.seconds_per_image
+        self.seconds_per_image = sample if known is None else known + _PACE_GAIN * (sample - known)
+
+
+@dataclass(slots=True)
+class _Flow:
+    images: int = 0
+    bytes: int = 0
+
 
 class Admission:
     """Counts what was admitted and not yet answered.
 
+    One model's flood cannot take the whole house: a flow (a model) may hold at most as much as is still free, which is
+    the dynamic threshold of Choudhury and Hahne (1998) with factor 1. A single flow can fill half of the bounds, two
+    can fill two thirds, and there is always room for another.
+
     Args:
         max_images: bound on images.
         max_bytes: bound on bytes of encoded images.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, max_images: int, max_bytes: int) -> None:
+    def __init__(self, max_images: int, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_images = max_images
         self.max_bytes = max_bytes
         self.images = 0
         self.bytes = 0
+        self._clock = clock
+        self._flows: dict[Hashable, _Flow] = {}
+        self._paces: dict[Hashable, Pace] = {}
         self._draining = False
 
     @contextmanager
-    def admit(self, images: int, nbytes: int) -> Iterator[None]:
+    def admit(self, flow: Hashable, images: int, nbytes: int, deadline: float) -> Iterator[None]:
         """Holds a place for one request while it is worked on.
+
+        Args:
+            flow: what shares fairly; the model.
+            images: of the request.
+            nbytes: of its encoded images.
+            deadline: monotonic seconds by which the answer is wanted.
 
         Raises:
             DrainingError: the server is shutting down.
-            OverloadedError: a bound would be exceeded; nothing was admitted.
+            OverloadedError: a bound would be exceeded, or the answer would come too late; nothing was admitted.
         """
-        if self._draining:
-            raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)
-        if self.images + images > self.max_images:
-            raise OverloadedError(
-                f"{self.images} images are pending and at most {self.max_images} may be", "images", _RETRY_AFTER_MS
-            )
-        if self.bytes + nbytes > self.max_bytes:
-            raise OverloadedError(
-                f"{self.bytes} bytes are pending and at most {self.max_bytes} may be", "bytes", _RETRY_AFTER_MS
-            )
-        self.images += images
-        self.bytes += nbytes
+        held = self._flows.setdefault(flow, _Flow())
+        try:
+            self._check(flow, held, images, nbytes, deadline)
+        except BaseException:
+            self._forget_if_idle(flow, held)
+            raise
+        self._add(held, images, nbytes)
         try:
             yield
         finally:
-            self.images -= images
-            self.bytes -= nbytes
+            self._add(held, -images, -nbytes)
+            self._paces.setdefault(flow, Pace()).left(images, held.images, self._clock())
+            self._forget_if_idle(flow, held)
 
     def drain(self) -> None:
         """From now on refuses everything new."""
         self._draining = True
+
+    def forecast_s(self, flow: Hashable, images: int) -> float:
+        """Seconds until a request arriving now would be answered, as far as is known; 0 with no backlog."""
+        held, pace = self._flows.get(flow), self._paces.get(flow)
+        if held is None or not held.images or pace is None or pace.seconds_per_image is None:
+            return 0.0
+        return (held.images + images) * pace.seconds_per_image
+
+    def forget(self, flow: Hashable) -> None:
+        """A model was unloaded: what was learned about it is void."""
+        self._paces.pop(flow, None)
+
+    def _check(self, flow: Hashable, held: _Flow, images: int, nbytes: int, deadline: float) -> None:
+        if self._draining:
+            raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)
+        if self.images + images > self.max_images or (held.images and held.images + images > self._free_images()):
+            raise OverloadedError(
+                f"{self.images} images are pending, of at most {self.max_images}", "images", _RETRY_AFTER_MS
+            )
+        if self.bytes + nbytes > self.max_bytes or (held.bytes and held.bytes + nbytes > self._free_bytes()):
+            raise OverloadedError(
+                f"{self.bytes} bytes are pending, of at most {self.max_bytes}", "bytes", _RETRY_AFTER_MS
+            )
+        needed_s, left_s = self.forecast_s(flow, images), deadline - self._clock()
+        if needed_s > _CONFIDENCE * left_s:
+            raise OverloadedError(
+                f"the answer would take about {needed_s * 1000:.0f} ms, and the deadline is in {left_s * 1000:.0f} ms",
+                "deadline",
+                max(1, round((needed_s - _CONFIDENCE * left_s) * 1000)),
+            )
+
+    def _free_images(self) -> int:
+        return self.max_images - self.images
+
+    def _free_bytes(self) -> int:
+        return self.max_bytes - self.bytes
+
+    def _add(self, held: _Flow, images: int, nbytes: int) -> None:
+        held.images += images
+        held.bytes += nbytes
+        self.images += images
+        self.bytes += nbytes
+
+    def _forget_if_idle(self, flow: Hashable, held: _Flow) -> None:
+        if not held.images:
+            self._flows.pop(flow, None)

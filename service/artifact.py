@@ -110,13 +110,15 @@ class Variant(_Strict):
     """One model file. The float model is always there, as `fp32` in `model.onnx`.
 
     `accuracy`: top-1 on the held-out images, 0 to 1. `images_per_second`: where it was exported, batch as noted in
-    `note`. Both None if they were not measured (an imported model).
+    `note`. Both None if they were not measured (an imported model). `canary_tolerance`: like `Canary.tolerance`, for a
+    variant whose coarser numbers may move a probability further without changing the answer; None takes the canary's.
     """
 
     name: Literal["fp32", "fp16", "int8", "trt-int8"]
     file: str
     accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     images_per_second: Annotated[float, Field(gt=0)] | None = None
+    canary_tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
     note: str = ""
 
 
@@ -172,6 +174,11 @@ class Manifest(_Strict):
     recipe: Mapping[str, Any] = {}
     libraries: Mapping[str, str] = {}
     weights: Weights = Weights()
+
+    def tolerance(self, file: str) -> float:
+        """How far a probability of the canary may be off when the variant in `file` computes it."""
+        own = {variant.file: variant.canary_tolerance for variant in self.variants}
+        return own.get(file) or self.canary.tolerance
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from service.errors import ConvoyError, DrainingError, EngineError, ExpiredError
+from service.codel import CoDel
+from service.errors import ConvoyError, DrainingError, EngineError, ExpiredError, OverloadedError
 from service.schedule import FairQueue, Part, Taken
 
 P = TypeVar("P")  # payload: a sequence with one element for each image
@@ -58,7 +59,7 @@ class Observer(Protocol):
         """A batch of `images` ran for `run_s` seconds."""
 
     def dropped(self, reason: str, jobs: int) -> None:
-        """Jobs left the queue without running: "expired" or "abandoned"."""
+        """Jobs left the queue without running: "expired", "abandoned" or "shed"."""
 
     def late(self, jobs: int) -> None:
         """Jobs finished after their deadline."""
@@ -80,14 +81,52 @@ class Silent:
 Run = Callable[[Sequence[Part[Job[P, R]]]], Sequence[R]]
 
 
+class Sizes(Protocol):
+    """Decides how large a batch is; called under the batcher's lock."""
+
+    @property
+    def largest(self) -> int:
+        """The largest batch."""
+
+    def best_batch(self, waiting: int) -> int:
+        """Images to take when so many wait, at least 1."""
+
+    def cautious_s(self, images: int) -> float:
+        """Seconds that running so many rarely exceeds."""
+
+    def observe(self, images: int, seconds: float) -> None:
+        """A batch ran."""
+
+
+class OneByOne:
+    """Batches of one, of unknown length: for work that gains nothing from company."""
+
+    largest = 1
+
+    def best_batch(self, waiting: int) -> int:
+        """Always 1."""
+        del waiting
+        return 1
+
+    def cautious_s(self, images: int) -> float:
+        """Nothing is known."""
+        del images
+        return 0.0
+
+    def observe(self, images: int, seconds: float) -> None:
+        """Nothing is learned."""
+
+
 class Batcher(Generic[P, R]):
     """A queue and the threads that own the executors.
 
     Args:
         runs: one callable for each executor; each gets the parts of a batch and returns one result for each part, in
             order. It is called on its own thread only.
-        max_images: largest batch, in images.
+        sizes: how large a batch is, and how long it takes.
         name: for thread names.
+        window_s: how long an executor waits for a fuller batch after the first image came; 0 never waits.
+        codel: sheds from a standing queue; None never sheds.
         observer: receives counts and times.
         clock: monotonic seconds.
     """
@@ -96,12 +135,16 @@ class Batcher(Generic[P, R]):
         self,
         runs: Sequence[Run[P, R]],
         *,
-        max_images: int,
+        sizes: Sizes,
         name: str,
+        window_s: float = 0.0,
+        codel: CoDel | None = None,
         observer: Observer | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._max_images = max_images
+        self._sizes = sizes
+        self._window_s = window_s
+        self._codel = codel
         self._observer = observer or Silent()
         self._clock = clock
         self._queue: FairQueue[Job[P, R]] = FairQueue()
@@ -136,8 +179,8 @@ class Batcher(Generic[P, R]):
         """Queues a job. Cancelling the future takes the job out before it runs.
 
         Returns:
-            A future with the finished job. It fails with ExpiredError (never ran), DrainingError (closed) or whatever
-            `run` raised.
+            A future with the finished job. It fails with ExpiredError (never ran, or not wholly), OverloadedError (shed), DrainingError
+            (closed) or whatever `run` raised.
         """
         if self._loop is None:
             raise RuntimeError("start() the batcher before submitting to it")
@@ -174,17 +217,26 @@ class Batcher(Generic[P, R]):
         """Blocks until there is something to do; None when closed."""
         with self._wake:
             self._wake.wait_for(lambda: self._closed or len(self._queue))
+            if self._window_s and not self._closed:
+                # The window is for company only: a full batch, or the end of the batcher, ends it.
+                self._wake.wait_for(lambda: self._closed or self._queue.images >= self._sizes.largest, self._window_s)
             if self._closed:
                 return None
-            taken = self._queue.take(self._max_images, self._clock())
-            self._running += sum(part.stop - part.start for part in taken.parts)
+            images = self._sizes.best_batch(max(1, self._queue.images))
+            now = self._clock()
+            taken = self._queue.take(images, now + self._sizes.cautious_s(images), self._shedder(now))
+            self._running += taken.images
             if len(self._queue):
                 self._wake.notify()  # a notify that reached a busy thread must not be lost
             return taken
 
+    def _shedder(self, now: float) -> Callable[[Job[P, R]], bool] | None:
+        codel = self._codel
+        return None if codel is None else lambda job: codel.sheds(now - job.submitted, now)
+
     def _run(self, run: Run[P, R], taken: Taken[Job[P, R]]) -> None:
         began = self._clock()
-        images = sum(part.stop - part.start for part in taken.parts)
+        images = taken.images
         error: ConvoyError | None = None
         results: Sequence[R] = ()
         try:
@@ -199,6 +251,7 @@ class Batcher(Generic[P, R]):
         ended = self._clock()
         with self._wake:
             self._running -= images
+            self._sizes.observe(images, ended - began)
         self._observer.batch(images, ended - began)
         self._call(self._deliver, taken, results, error, began, ended)
 
@@ -239,6 +292,10 @@ class Batcher(Generic[P, R]):
             self._fail(job, ExpiredError("the deadline passed while the request waited for its turn"))
         if taken.expired:
             self._observer.dropped("expired", len(taken.expired))
+        for job in taken.shed:
+            self._fail(job, OverloadedError("the queue has been too long for too long", "codel", retry_after_ms=100))
+        if taken.shed:
+            self._observer.dropped("shed", len(taken.shed))
         if taken.abandoned:
             self._observer.dropped("abandoned", len(taken.abandoned))
 

@@ -93,7 +93,7 @@ class Classifier:
             EngineError: the runtime failed.
         """
         self._check(images, query)
-        with self._admission.admit(len(images), sum(map(len, images))):
+        with self._admission.admit(model.name, len(images), sum(map(len, images)), deadline):
             try:
                 async with asyncio.timeout_at(_on_loop_clock(deadline)):
                     chunks = [self._chunk(model, chunk, query, deadline) for chunk in _chunks(images)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.artifact import InputSpec
-from service.batcher import Batcher, Job, Observer
+from service.batcher import Batcher, Job, Observer, OneByOne
 from service.errors import InvalidImageError
 from service.preprocess import Limits, Pixels, preprocess
 from service.schedule import Part
@@ -33,7 +33,7 @@ Decoder = Batcher[Encoded, Faults]
 
 def decode_pool(threads: int, observer: Observer) -> Decoder:
     """A decode stage with so many threads."""
-    return Batcher([_decode] * threads, max_images=1, name="decode", observer=observer)
+    return Batcher([_decode] * threads, sizes=OneByOne(), name="decode", observer=observer)
 
 
 def _decode(parts: Sequence[Part[Job[Encoded, Faults]]]) -> list[Faults]:

@@ -22,6 +22,7 @@ MAX_BLOCKS = 65_536
 # about ten.
 MAX_SCANS = 200
 
+_MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
 _ORIENTATION_TAG = 0x0112
 _SHORT = 3
 _UPRIGHT = 1
@@ -73,17 +74,9 @@ def read_header(data: bytes) -> Header:
 
 def sniff(data: bytes) -> str | None:
     """Name of the format by its first bytes ("JPEG", "PNG", "WEBP", "BMP", "GIF"), or None."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"BM"):
-        return "BMP"
-    return None
+    if data.startswith(b"RIFF"):
+        return "WEBP" if data[8:12] == b"WEBP" else None
+    return next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
 
 
 def _corrupt(name: str, what: str) -> InvalidImageError:

@@ -132,7 +132,7 @@ class StageObserver:
 
     def __init__(self, metrics: Metrics, stage: str) -> None:
         self._dropped = {
-            reason: metrics.dropped.labels(stage=stage, reason=reason) for reason in ("expired", "abandoned")
+            reason: metrics.dropped.labels(stage=stage, reason=reason) for reason in ("expired", "abandoned", "shed")
         }
         self._late = metrics.late.labels(stage=stage)
 

@@ -12,6 +12,7 @@ from service.artifact import ModelVersion
 from service.batcher import Batcher, Job
 from service.engine import Engine, Outputs
 from service.errors import ConfigurationError, ModelNotReadyError, NotFoundError
+from service.latency import LatencyTable
 from service.metrics import Metrics
 from service.preprocess import Pixels
 from service.schedule import Part
@@ -106,7 +107,7 @@ class Repository:
         name = version.manifest.name
         batcher: ModelBatcher = Batcher(
             [lambda parts: _infer(engine, parts)],
-            max_images=engine.buckets[-1],
+            sizes=LatencyTable(engine.buckets),
             name=f"infer-{name}",
             observer=self._metrics.model(name),
         )

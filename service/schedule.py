@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -56,6 +56,12 @@ class Taken(Generic[J]):
     parts: list[Part[J]] = field(default_factory=list)
     expired: list[J] = field(default_factory=list)
     abandoned: list[J] = field(default_factory=list)
+    shed: list[J] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Images in the batch."""
+        return sum(part.stop - part.start for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -86,17 +92,17 @@ class FairQueue(Generic[J]):
         heapq.heappush(lane.heap, (job.priority, job.deadline, next(self._order), job))
         self.images += job.size
 
-    def take(self, max_images: int, now: float, reserve: float = 0.0) -> Taken[J]:
+    def take(self, max_images: int, horizon: float, sheds: Callable[[J], bool] | None = None) -> Taken[J]:
         """Takes up to `max_images` images, splitting the last job if it does not fit.
 
         Args:
             max_images: most images, at least 1.
-            now: monotonic seconds.
-            reserve: seconds that the work itself needs; a job whose deadline leaves less has expired.
+            horizon: monotonic seconds at which the work would be done; a job with an earlier deadline has expired.
+            sheds: asked once for each whole job about to be taken; True takes it out unserved.
         """
         taken: Taken[J] = Taken()
         room = max_images
-        while room and (entry := self._next(taken, now + reserve)):
+        while room and (entry := self._next(taken, horizon, sheds)):
             flow, number, job = entry
             start = self._taken.get(number, 0)
             stop = min(job.size, start + room)
@@ -114,8 +120,10 @@ class FairQueue(Generic[J]):
         self.images = 0
         return jobs
 
-    def _next(self, taken: Taken[J], horizon: float) -> tuple[Hashable, int, J] | None:
-        """The head of the flow whose turn it is; drops the abandoned and the expired it meets."""
+    def _next(
+        self, taken: Taken[J], horizon: float, sheds: Callable[[J], bool] | None
+    ) -> tuple[Hashable, int, J] | None:
+        """The head of the flow whose turn it is; takes out the abandoned, the expired and the shed it meets."""
         while self._flows:
             flow, lane = min(self._flows.items(), key=lambda item: item[1].virtual_time)
             _, deadline, number, job = lane.heap[0]
@@ -123,6 +131,8 @@ class FairQueue(Generic[J]):
                 taken.abandoned.append(job)
             elif deadline < horizon:
                 taken.expired.append(job)
+            elif sheds is not None and number not in self._taken and sheds(job):
+                taken.shed.append(job)
             else:
                 return flow, number, job
             self._remove_head(flow, number, job)

@@ -174,8 +174,8 @@ def _report(console: Console, result: Result, served: Served) -> None:
     p50, p90, p99 = np.percentile(served.latencies_ms, [50, 90, 99])
     rate = len(result.holdout) / served.seconds
     rows = {
-        "accuracy": f"{accuracy:.2%} of {len(result.holdout)} held-out images through the service; the trainer measured "
-        f"{result.evaluation.accuracy:.2%} on the same",
+        "accuracy": f"{accuracy:.2%} of {len(result.holdout)} held-out images through the service "
+        f"(the trainer measured {result.evaluation.accuracy:.2%})",
         "throughput": f"{rate:,.0f} images/s, one per request, 8 requests in flight",
         "latency": f"p50 {p50:.1f} ms   p90 {p90:.1f} ms   p99 {p99:.1f} ms",
     }

@@ -1,0 +1,146 @@
+"""`convoy classify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from service.commands import options
+from service.errors import DataError
+from service.exits import PartialError
+
+if TYPE_CHECKING:
+    from convoy.v1 import image_classifier_pb2 as pb
+
+    from service.client import Client
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+_REQUEST_BYTES = 8 << 20
+_REQUEST_IMAGES = 16
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@options.server
+@click.option("--model", default="", help="Name of the model. May be left out if the server has only one.")
+@click.option("--version", type=click.IntRange(min=1), help="Version of the model.  [default: the latest]")
+@click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1), help="Classes for each image.")
+@click.option(
+    "--min-score", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Leave out classes below this."
+)
+@options.timeout
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each image, on a line of its own.")
+def classify(
+    images: Sequence[str],
+    server: str,
+    model: str,
+    version: int | None,
+    top_k: int,
+    min_score: float,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Classify images with a running server.
+
+    IMAGE is a file, a folder (every image below it), or - for one image on standard input.
+
+    \b
+    Examples:
+      convoy classify cat.jpg dog.png --model pets --top-k 3
+      convoy classify photos/ --server gpu-box:8500 --json > results.jsonl
+      curl -s URL | convoy classify - --json
+    """
+    from convoy.v1 import image_classifier_pb2 as pb
+
+    from service.client import Client
+
+    files = list(_files(images))
+    failed = answered = 0
+    with Client(server, timeout_s) as client:
+        for batch in _batches(files):
+            request = pb.ClassifyRequest(
+                model=model, version=version, images=[data for _, data in batch], top_k=top_k, min_score=min_score
+            )
+            for (name, _), outcome in zip(batch, _outcomes(client, request), strict=True):
+                failed += outcome.WhichOneof("outcome") == "error"
+                answered += 1
+                click.echo(_as_json(name, outcome) if as_json else _as_text(name, outcome))
+    if failed == answered:
+        raise DataError("the image could not be classified" if failed == 1 else f"none of the {failed} images could be")
+    if failed:
+        raise PartialError(f"{failed} of {answered} images could not be classified")
+
+
+def _files(arguments: Iterable[str]) -> Iterator[Path]:
+    """The files named, and those in the folders named, sorted."""
+    for argument in arguments:
+        path = Path(argument)
+        if argument == "-" or path.is_file():
+            yield path
+        elif path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            if not found:
+                raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
+            yield from found
+        else:
+            raise DataError(f"{path} does not exist")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _batches(files: Iterable[Path]) -> Iterator[list[tuple[str, bytes]]]:
+    """Files with their bytes, as many as fit into one request."""
+    batch: list[tuple[str, bytes]] = []
+    size = 0
+    for path in files:
+        data = _read(path)
+        if batch and (size + len(data) > _REQUEST_BYTES or len(batch) == _REQUEST_IMAGES):
+            yield batch
+            batch, size = [], 0
+        batch.append((str(path), data))
+        size += len(data)
+    if batch:
+        yield batch
+
+
+def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageResult]:
+    """The server's result for each image; when it refused all of them, each one's own refusal."""
+    from convoy.v1 import image_classifier_pb2 as pb
+
+    from service.exits import ServerRefusedError
+
+    try:
+        return client.classify(request).results
+    except ServerRefusedError as refused:
+        if not str(refused).startswith("INVALID_ARGUMENT: image 0: "):
+            raise
+        faults = str(refused).removeprefix("INVALID_ARGUMENT: ").split("; image ")
+        return [pb.ImageResult(error=pb.ImageError(message=fault.partition(": ")[2])) for fault in faults]
+
+
+def _as_json(name: str, outcome: pb.ImageResult) -> str:
+    from google.protobuf.json_format import MessageToDict
+
+    body = MessageToDict(outcome, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    body.get("classification", {}).pop("logits", None)
+    return json.dumps({"file": name, **body.get("classification", body)}, ensure_ascii=False)
+
+
+def _as_text(name: str, outcome: pb.ImageResult) -> str:
+    if outcome.WhichOneof("outcome") == "error":
+        return f"{click.style(name, bold=True)}\n  {click.style('cannot be used: ' + outcome.error.message, fg='red')}"
+    lines = [click.style(name, bold=True)]
+    for found in outcome.classification.classes:
+        bar = "█" * round(found.score * 20)
+        lines.append(f"  {found.score:7.2%}  {click.style(f'{bar:<20}', fg='cyan')}  {found.label}")
+    return "\n".join(lines if len(lines) > 1 else [*lines, "  no class above the minimum score"])

@@ -1,0 +1,43 @@
+"""`convoy models`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from service.commands import options
+
+
+@click.command()
+@options.server
+@options.timeout
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each version.")
+def models(server: str, timeout_s: float, as_json: bool) -> None:
+    """List what a running server serves."""
+    from convoy.v1 import image_classifier_pb2 as pb
+    from google.protobuf.json_format import MessageToDict
+    from rich.console import Console
+    from rich.table import Table
+
+    from service.client import Client
+
+    with Client(server, timeout_s) as client:
+        found = client.models()
+    if as_json:
+        for summary in found:
+            body = MessageToDict(summary, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+            click.echo(json.dumps({**body, "version": summary.version}))
+        return
+    table = Table("model", "version", "state", "architecture", "classes", "provider", "default")
+    for summary in found:
+        table.add_row(
+            summary.name,
+            str(summary.version),
+            pb.State.Name(summary.state),
+            summary.architecture,
+            str(summary.num_classes),
+            summary.provider,
+            "yes" if summary.is_default else "",
+        )
+    Console().print(table)

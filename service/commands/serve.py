@@ -1,0 +1,66 @@
+"""`convoy serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from service.settings import Settings
+
+
+def _flags(command: Callable[..., None]) -> Callable[..., None]:
+    """One flag for each setting, made from its declaration."""
+    for name, field in reversed(Settings.model_fields.items()):
+        kind, multiple = _click_type(field.annotation)
+        default = "" if field.default in ((), None) else f" [default: {field.default}]"
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            name,
+            type=kind,
+            multiple=multiple,
+            default=None,
+            help=f"{field.description}{default}",
+        )(command)
+    return command
+
+
+def _click_type(annotation: Any) -> tuple[Any, bool]:
+    if get_origin(annotation) is Literal:
+        return click.Choice([str(choice) for choice in get_args(annotation)]), False
+    if get_origin(annotation) is tuple:
+        return str, True
+    if isinstance(annotation, UnionType):
+        return _click_type(next(kind for kind in get_args(annotation) if kind is not type(None)))
+    return (click.Path(path_type=Path) if annotation is Path else annotation), False
+
+
+@click.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="CONVOY_CONFIG",
+    help="Settings file (YAML). Environment variables CONVOY_<SETTING> and flags win over it.",
+)
+@_flags
+def serve(config: Path | None, **flags: Any) -> None:
+    """Serve the models of a repository over gRPC.
+
+    Prints `ready` when it takes traffic. SIGTERM or Ctrl-C drains: calls in flight are answered, new ones are refused.
+
+    \b
+    Examples:
+      convoy serve --repository models
+      convoy serve --repository models --host 0.0.0.0 --port 8500 --http-port 8501
+      CONVOY_MAX_BATCH_SIZE=64 convoy serve --config convoy.yaml
+    """
+    from service import logs, settings
+    from service.server import serve as run
+
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    chosen = settings.load(config, given)
+    logs.configure(chosen.log_level, chosen.log_format)
+    run(chosen)
