@@ -76,6 +76,10 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     """
     if image.mode == "I;16":
         image = _upper_byte(image)
+    key = image.info.get("transparency")
+    if isinstance(key, tuple):
+        # Of 16-bit samples only the upper byte is left, so the transparent colour is known by it, too.
+        image.info["transparency"] = tuple(v >> 8 for v in key) if max(key) > _OPAQUE else key
     if image.has_transparency_data:
         return image.convert("RGBA").convert("RGBa")
     mode = "L" if channels == 1 or image.mode in {"1", "L"} else "RGB"

@@ -139,9 +139,8 @@ def _png_orientation(data: bytes) -> int:
     orientation = _UPRIGHT
     position = 8
     for _ in range(MAX_BLOCKS):
-        if position + 8 > len(data):
-            return orientation  # cut short: whether the pixels are complete is for the decoder to say
-        length, kind = struct.unpack_from(">I4s", data, position)
+        # Fails where the data ends first: a file without IEND was cut short, even if its pixels are all there.
+        length, kind, _checksum = struct.unpack_from(">I4sI", data, position)
         if kind == b"IEND":
             return orientation
         if kind == b"eXIf":

@@ -1,0 +1,209 @@
+"""What an image says of itself, in every format, and that nothing but InvalidImageError comes of a broken header."""
+
+import io
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from service.errors import ImageFault, InvalidImageError
+from service.image_header import MAX_BLOCKS, MAX_SCANS, Header, exif_orientation, read_header, sniff
+
+
+def encoded(image_format, size=(7, 5), mode="RGB", **options):
+    stream = io.BytesIO()
+    Image.new(mode, size).save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_size_and_format_are_read(image_format):
+    header = read_header(encoded(image_format))
+
+    assert (header.format, header.width, header.height, header.orientation) == (image_format, 7, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"), [({"lossless": True}, "RGB"), ({"lossless": True}, "RGBA"), ({"quality": 80}, "RGBA")]
+)
+def test_every_kind_of_webp_bitstream_gives_its_size(options, mode):
+    header = read_header(encoded("WEBP", (300, 17), mode, **options))
+
+    assert (header.width, header.height) == (300, 17)
+
+
+def test_animated_webp_gives_the_size_of_its_canvas():
+    frames = [Image.new("RGB", (33, 21), colour) for colour in ("red", "blue")]
+    stream = io.BytesIO()
+    frames[0].save(stream, "WEBP", save_all=True, append_images=frames[1:])
+
+    header = read_header(stream.getvalue())
+
+    assert (header.width, header.height) == (33, 21)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_read(image_format, orientation):
+    assert read_header(encoded(image_format, exif=exif(orientation))).orientation == orientation
+
+
+def test_orientation_after_the_pixels_of_a_png_is_read():
+    data = encoded("PNG")
+    body, end = data[:-12], data[-12:]
+    block = exif(6).tobytes().removeprefix(b"Exif\0\0")
+
+    assert read_header(body + png_chunk(b"eXIf", block) + end).orientation == 6
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_exif_is_read_in_both_byte_orders(order):
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    other = struct.pack(order + "HHII", 0x0100, 4, 1, 9)
+    wanted = struct.pack(order + "HHIHH", 0x0112, 3, 1, 8, 0)
+
+    assert exif_orientation(magic + struct.pack(order + "IH", 8, 2) + other + wanted) == 8
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"",
+        b"II*\0",
+        b"II*\0\xff\xff\xff\x7f",
+        b"II*\0\x08\0\0\0\xff\xff",
+        b"II*\0" + struct.pack("<IHHHIHH", 8, 1, 0x0112, 3, 1, 9, 0),
+        b"II*\0" + struct.pack("<IHHHIHH", 8, 1, 0x0112, 3, 1, 0, 0),
+        b"II*\0" + struct.pack("<IHHHIHH", 8, 1, 0x0112, 4, 1, 6, 0),
+        b"garbage!",
+    ],
+)
+def test_damaged_exif_counts_as_upright(block):
+    assert exif_orientation(block) == 1
+
+
+def test_jpeg_header_tells_its_channels():
+    assert read_header(encoded("JPEG", mode="L")) == Header("JPEG", 7, 5, 1, components=1)
+    assert read_header(encoded("JPEG", mode="CMYK")).components == 4
+
+
+def test_top_down_bmp_has_a_positive_height():
+    data = bytearray(encoded("BMP"))
+    struct.pack_into("<i", data, 22, -5)
+
+    assert read_header(bytes(data)).height == 5
+
+
+def test_os2_bmp_is_read():
+    data = b"BM" + struct.pack("<IHHIIHHHH", 26, 0, 0, 26, 12, 40, 30, 1, 24)
+
+    assert read_header(data) == Header("BMP", 40, 30)
+
+
+def test_gif_frame_beyond_the_screen_counts():
+    data = bytearray(encoded("GIF", mode="L"))
+    struct.pack_into("<HH", data, 6, 1, 1)
+
+    assert (read_header(bytes(data)).width, read_header(bytes(data)).height) == (7, 5)
+
+
+def test_gif_extensions_before_the_frame_are_skipped():
+    data = encoded("GIF", mode="L", comment=b"x" * 1000)
+
+    assert (read_header(data).width, read_header(data).height) == (7, 5)
+
+
+def test_no_bytes_is_empty():
+    with pytest.raises(InvalidImageError, match="no bytes") as caught:
+        read_header(b"")
+    assert caught.value.reason is ImageFault.EMPTY
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello, world",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"RIFF\x10\0\0\0WAVEfmt ",
+        b"II*\0\x08\0\0\0",
+        b"B",
+    ],
+)
+def test_what_is_no_image_of_a_known_format_is_unsupported(data):
+    assert sniff(data) is None
+    with pytest.raises(InvalidImageError, match="JPEG, PNG, WebP, BMP or GIF") as caught:
+        read_header(data)
+    assert caught.value.reason is ImageFault.UNSUPPORTED_FORMAT
+    assert caught.value.image_format == "unknown"
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_header_cut_anywhere_is_read_or_corrupt(image_format):
+    data = encoded(image_format, exif=exif(3)) if image_format in {"JPEG", "PNG", "WEBP"} else encoded(image_format)
+    start = {"JPEG": 3, "PNG": 8, "WEBP": 12, "BMP": 2, "GIF": 6}[image_format]
+    for length in range(start, len(data)):
+        try:
+            header = read_header(data[:length])
+        except InvalidImageError as error:
+            assert error.reason is ImageFault.CORRUPT  # noqa: PT017 - both outcomes are allowed
+            assert error.image_format == image_format  # noqa: PT017
+        else:
+            assert (header.width, header.height) == (7, 5)
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0)])
+def test_size_of_zero_is_corrupt(width, height):
+    data = bytearray(encoded("PNG"))
+    struct.pack_into(">II", data, 16, width, height)
+
+    with pytest.raises(InvalidImageError, match="zero") as caught:
+        read_header(bytes(data))
+    assert caught.value.reason is ImageFault.CORRUPT
+
+
+@pytest.mark.parametrize(("offset", "value"), [(1, 0xC3), (4, 12), (9, 2)], ids=["lossless", "12 bits", "2 channels"])
+def test_kinds_of_jpeg_that_no_decoder_here_knows_are_unsupported(offset, value):
+    data = bytearray(encoded("JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + offset] = value
+
+    with pytest.raises(InvalidImageError, match="kind of JPEG") as caught:
+        read_header(bytes(data))
+    assert caught.value.reason is ImageFault.UNSUPPORTED_FORMAT
+
+
+def test_progressive_jpeg_with_endless_scans_is_refused():
+    data = encoded("JPEG", progressive=True)
+    assert read_header(data).width == 7
+
+    with pytest.raises(InvalidImageError, match="scans"):
+        read_header(data[:-2] + b"\xff\xda\0\x02" * MAX_SCANS + b"\xff\xd9")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8\xff" + b"\xff" * (MAX_BLOCKS + 9),
+        b"\xff\xd8" + b"\xff\xfe\0\x02" * (MAX_BLOCKS + 1) + b"\xff\xd9",
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", bytes(13)) + png_chunk(b"tEXt", b"") * (MAX_BLOCKS + 1),
+        b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<I", 10) + bytes(10) + b"ANIM\0\0\0\0" * (MAX_BLOCKS + 1),
+        b"GIF89a" + bytes(7) + b"\x21\xfe" + b"\x01x" * (MAX_BLOCKS + 1) + b"\0",
+        b"GIF89a" + bytes(7) + b"\0" * (MAX_BLOCKS + 1),
+    ],
+    ids=["fill bytes", "segments", "PNG chunks", "WebP chunks", "GIF sub-blocks", "GIF blocks"],
+)
+def test_the_number_of_blocks_visited_is_bounded(data):
+    with pytest.raises(InvalidImageError) as caught:
+        read_header(data)
+    assert caught.value.reason is ImageFault.CORRUPT
