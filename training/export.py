@@ -13,21 +13,32 @@ import onnx
 
 from service import artifact
 from service.artifact import CARD, MODEL, Canary, FileEntry, Manifest, Variant
-from training import gates, metrics, package, report, speed
+from training import gates, package, report, speed
+from training import variants as formats
 from training.gates import Parity
 from training.graph import Servable, check_size, to_onnx
 from training.runtime import CPU, Session
 from training.trained import Trained
+from training.variants import Baseline, Outcome
 
 __all__ = ["Trained", "export_version"]
 
 
-def export_version(trained: Trained, repository: Path, *, batches: Sequence[int] = gates.BATCHES) -> Path:
+def export_version(
+    trained: Trained,
+    repository: Path,
+    *,
+    variants: Sequence[str] = formats.DEFAULT,
+    budget_points: float = 0.5,
+    batches: Sequence[int] = gates.BATCHES,
+) -> Path:
     """Exports a model, certifies it against PyTorch and publishes it as the next version.
 
     Args:
         trained: the model and what belongs to it.
         repository: the version appears in `<repository>/<name>/<number>/`.
+        variants: smaller formats to try, of `training.variants.NAMES`; each is kept only if it is good and faster.
+        budget_points: top-1 points that a variant may lose on the held-out images.
         batches: batch sizes at which ONNX Runtime has to agree with PyTorch.
 
     Returns:
@@ -36,32 +47,39 @@ def export_version(trained: Trained, repository: Path, *, batches: Sequence[int]
     Raises:
         TrainingError: the model cannot be exported, or the export does not do what the model does.
         DataError: an image of the canary cannot be used.
-        ConfigurationError: the repository cannot be written.
+        ConfigurationError: the repository cannot be written, or a variant is unknown.
         ArtifactError: the version cannot be published.
     """
     trained.check()
+    names = formats.check_names(variants, budget_points)
     servable = Servable(trained.model, trained.mean, trained.std, trained.temperature)
     pixels = gates.sample(trained.holdout, max(batches))
     wanted = gates.reference(servable, trained.mean, trained.std, pixels, len(trained.classes))
-    serialised = serialise(to_onnx(servable, trained.input), trained)
+    model = to_onnx(servable, trained.input)
+    serialised = serialise(model, trained)
     session = Session(serialised)
     parity = gates.check_parity(session, wanted, pixels, batches)
 
     outputs = session.run_all(trained.holdout)
-    float_variant = Variant(
-        name="fp32",
-        file=MODEL,
-        accuracy=metrics.accuracy(outputs.logits.argmax(axis=1), trained.holdout_labels),
-        images_per_second=speed.images_per_second(session, trained.holdout),
-        note=f"{speed.CONDITIONS} on {CPU}; {_describe(parity)}",
-    )
     with package.staged(repository, trained.name) as staging:
-        (staging / MODEL).write_bytes(serialised)
-        canary = package.write_canary(staging, trained.canary, session, trained.input)
+        canary, canary_pixels = package.write_canary(staging, trained.canary, session, trained.input)
+        baseline = Baseline(
+            model=model,
+            session=session,
+            outputs=outputs,
+            holdout=trained.holdout,
+            labels=trained.holdout_labels,
+            canary=canary_pixels,
+            calibration=trained.calibration,
+        )
+        outcome = formats.build(names, baseline, budget_points)
+        outcome.kept.insert(0, (_float_variant(baseline, parity), serialised))
+        for variant, content in outcome.kept:
+            (staging / variant.file).write_bytes(content)
         files = artifact.list_files(staging)
 
         def manifest_of(version: int) -> Manifest:
-            manifest = _manifest(trained, version, canary, (float_variant,), files)
+            manifest = _manifest(trained, version, canary, outcome, files)
             artifact.check_signature(manifest, *session.signature)
             card = staging / CARD
             card.write_text(report.render_card(trained, manifest, outputs), encoding="utf-8")
@@ -93,7 +111,7 @@ def serialise(model: onnx.ModelProto, trained: Trained) -> bytes:
 
 
 def _manifest(
-    trained: Trained, version: int, canary: Canary, variants: tuple[Variant, ...], files: Mapping[str, FileEntry]
+    trained: Trained, version: int, canary: Canary, outcome: Outcome, files: Mapping[str, FileEntry]
 ) -> Manifest:
     return Manifest(
         name=trained.name,
@@ -104,7 +122,8 @@ def _manifest(
         input=trained.input,
         temperature=trained.temperature,
         files=files,
-        variants=variants,
+        variants=tuple(variant for variant, _ in outcome.kept),
+        rejected_variants=tuple(outcome.rejected),
         canary=canary,
         metrics=trained.metrics,
         data=trained.data,
@@ -114,5 +133,12 @@ def _manifest(
     )
 
 
-def _describe(parity: Parity) -> str:
-    return f"probabilities within {parity.probability_difference:.1e} of PyTorch on {parity.images} images"
+def _float_variant(baseline: Baseline, parity: Parity) -> Variant:
+    return Variant(
+        name="fp32",
+        file=MODEL,
+        accuracy=baseline.accuracy,
+        images_per_second=speed.images_per_second(baseline.session, baseline.holdout),
+        note=f"{speed.CONDITIONS} on {CPU}; probabilities within {parity.probability_difference:.1e} of PyTorch on "
+        f"{parity.images} images",
+    )

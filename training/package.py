@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service import artifact
 from service.artifact import Canary, InputSpec, Manifest
@@ -77,8 +78,13 @@ def publish_next(staging: Path, repository: Path, name: str, manifest_of: Callab
     raise ArtifactError(f"{repository / name}: no version number stays free long enough; who else is writing there?")
 
 
-def write_canary(staging: Path, images: Sequence[Path], session: Session, spec: InputSpec) -> Canary:
+def write_canary(
+    staging: Path, images: Sequence[Path], session: Session, spec: InputSpec
+) -> tuple[Canary, NDArray[np.uint8]]:
     """Copies encoded images into the version and records what the float model says to them.
+
+    Returns:
+        The canary, and its images' pixels as uint8[N, H, W, C].
 
     Raises:
         DataError: an image cannot be read or decoded.
@@ -93,9 +99,10 @@ def write_canary(staging: Path, images: Sequence[Path], session: Session, spec: 
             raise DataError(f"{path} cannot serve as canary: {error}; choose another image") from error
         names.append(f"{artifact.CANARY_DIR}/{index:02d}{path.suffix.lower()}")
         (staging / names[-1]).write_bytes(encoded)
-    probabilities = session.run_all(np.stack(pixels)).probabilities
+    batch = np.stack(pixels)
+    probabilities = session.run_all(batch).probabilities
     rows = tuple(tuple(round(float(p), 8) for p in row) for row in probabilities)
-    return Canary(images=tuple(names), probabilities=rows)
+    return Canary(images=tuple(names), probabilities=rows), batch
 
 
 def libraries() -> dict[str, str]:

@@ -6,6 +6,7 @@ reference that every later provider is held against.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
 from service.errors import TrainingError
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+
+_GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors arrive as exceptions, and need not be printed twice
 
@@ -49,7 +54,7 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         try:
-            self._session = ort.InferenceSession(model, options, providers=[provider])
+            self._session = ort.InferenceSession(model, options, providers=[provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
             raise TrainingError(f"ONNX Runtime cannot load the exported model: {_first_line(error)}") from error
         taken = self._session.get_providers()[0]
@@ -82,6 +87,11 @@ class Session:
         """Any number of images, `batch` at a time; see `run`."""
         parts = [self.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
         return Outputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.probabilities for p in parts]))
+
+
+def usable(provider: str) -> bool:
+    """Whether a GPU provider is built in and its driver loaded; asking for it without would fill the terminal."""
+    return provider in ort.get_available_providers() and _GPU_DRIVER.exists()
 
 
 def _first_line(error: Exception) -> str:

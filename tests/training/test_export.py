@@ -47,6 +47,33 @@ def test_the_float_variant_has_its_measured_accuracy_and_speed(exported, digits_
     assert "of PyTorch on 64 images" in variant.note
 
 
+def test_every_variant_is_listed_as_kept_or_rejected_with_its_reason(exported):
+    manifest = artifact.load(exported).manifest
+    kept = {variant.name for variant in manifest.variants}
+    rejected = {variant.name: variant.reason for variant in manifest.rejected_variants}
+
+    assert kept | set(rejected) == {"fp32", "int8", "fp16"}
+    assert not kept & set(rejected)
+    assert all("fp32" in reason or "points" in reason for reason in rejected.values())
+
+
+def test_variants_that_are_kept_keep_the_contract(digits_trained, tmp_path):
+    version = artifact.load(export_version(digits_trained, tmp_path, variants=["trt-int8"], budget_points=5))
+    variant = version.manifest.variants[1]
+    session = Session(version.file(variant.file).read_bytes())
+    pixels = np.stack([preprocess(data, version.manifest.input) for data in version.canary_images()])
+
+    artifact.check_signature(version.manifest, *session.signature)
+    off = np.abs(session.run(pixels).probabilities - np.array(version.manifest.canary.probabilities)).max()
+    assert off < version.manifest.tolerance(variant.file)
+    assert version.manifest.tolerance("model.onnx") == version.manifest.canary.tolerance
+
+
+def test_an_unknown_variant_is_refused_at_once(digits_trained, tmp_path):
+    with pytest.raises(ConfigurationError, match="unknown variant 'int3'"):
+        export_version(digits_trained, tmp_path, variants=["int3"])
+
+
 def test_the_canary_holds_for_the_bytes_in_the_version(exported):
     version = artifact.load(exported)
     pixels = np.stack([preprocess(data, version.manifest.input) for data in version.canary_images()])
@@ -71,7 +98,7 @@ def test_the_graph_keeps_the_contract_and_carries_its_facts(exported):
 def test_the_next_export_takes_the_next_number(digits_trained, tmp_path):
     (tmp_path / "digits" / "7").mkdir(parents=True)
 
-    assert export_version(digits_trained, tmp_path, batches=(1, 2)).name == "8"
+    assert export_version(digits_trained, tmp_path, batches=(1, 2), variants=()).name == "8"
 
 
 def test_exporters_that_race_get_numbers_of_their_own(tmp_path):
@@ -150,7 +177,7 @@ def test_a_canary_that_cannot_be_decoded_is_named_and_leaves_nothing_behind(digi
     repository = tmp_path / "repository"
 
     with pytest.raises(DataError, match=r"text\.png cannot serve as canary"):
-        export_version(dataclasses.replace(digits_trained, canary=[text]), repository, batches=(1,))
+        export_version(dataclasses.replace(digits_trained, canary=[text]), repository, batches=(1,), variants=())
     assert not (repository / "digits").exists()
 
 
@@ -158,7 +185,7 @@ def test_a_repository_that_is_a_file_is_refused(digits_trained, tmp_path):
     (tmp_path / "repository").write_text("a file")
 
     with pytest.raises(ConfigurationError, match="cannot be written"):
-        export_version(digits_trained, tmp_path / "repository", batches=(1,))
+        export_version(digits_trained, tmp_path / "repository", batches=(1,), variants=())
 
 
 def test_a_model_that_is_too_large_is_refused_before_anything_else(digits_trained, tmp_path):
@@ -197,5 +224,5 @@ def test_a_model_with_another_number_of_outputs_than_labels_is_refused(digits_tr
     wrong = dataclasses.replace(digits_trained, classes=("a", "b"), holdout_labels=digits_trained.holdout_labels % 2)
 
     with pytest.raises(TrainingError, match=r"returns \[1, 10\] for 1 images, not logits of 2 classes"):
-        export_version(wrong, tmp_path, batches=(1,))
+        export_version(wrong, tmp_path, batches=(1,), variants=())
     assert not files_under(tmp_path)
