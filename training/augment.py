@@ -1,7 +1,7 @@
 """Random changes of training images, whole batches at a time.
 
-Every draw comes from a matrix of uniform numbers with one row per image (`draws`), made by an explicit generator from
-the seed and the epoch. So an image's fate depends neither on its batch nor on the process that handles it.
+Every decision is a number of the batch's `uniform` matrix (`training.draws`): nothing is drawn here, so an image's fate
+depends neither on its batch nor on the process that handles it.
 """
 
 from __future__ import annotations
@@ -10,50 +10,62 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from training import colour
 from training.config import AugmentConfig
-from training.seeds import Purpose, generator
+from training.draws import Column, between, signed
+from training.geometry import Geometry
+from training.pixels import unit_range
+from training.trivial import photometric_operations
 
-_COLUMNS = 6  # angle, horizontal and vertical shift, scale, horizontal and vertical flip
-
-
-def draws(count: int, seed: int, epoch: int) -> Tensor:
-    """float32[count, D] uniform in 0..1: row i is for training image i in this epoch."""
-    return torch.rand((count, _COLUMNS), generator=generator(seed, Purpose.AUGMENT, epoch))
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_ASPECT = 3.3
 
 
 class Augmenter:
-    """Rotation, translation, scale and flips as one affine map, sampled once (bilinear)."""
+    """Geometry, then colour, then erasing."""
 
     def __init__(self, config: AugmentConfig) -> None:
         self._config = config
-        moves = config.rotation_degrees or config.translation or config.scale
-        self._identity = not (moves or config.horizontal_flip or config.vertical_flip)
+        self._geometry = Geometry(config)
 
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
-        """Changes float32[N, C, H, W] in 0..1 by float32[N, D] draws; returns a new tensor of the same shape."""
-        if self._identity:
-            return images
-        grid = functional.affine_grid(self.matrices(uniform, images.shape), list(images.shape), align_corners=False)
-        return functional.grid_sample(images, grid, padding_mode=self._config.fill, align_corners=False)
+        """uint8[N, H, W, C] and float32[N, D] in 0..1 to changed float32[N, C, H, W] in 0..1."""
+        if self._geometry.resamples:
+            floating = self._geometry.resample(unit_range(images), uniform)
+        else:
+            floating = unit_range(self._geometry.gather(images, uniform) if self._geometry.moves else images)
+        return self._erase(self._colour(floating, uniform), uniform)
 
-    def matrices(self, uniform: Tensor, shape: torch.Size) -> Tensor:
-        """float32[N, 2, 3]: where each output pixel is fetched from, in coordinates that run from -1 to 1."""
+    def _colour(self, images: Tensor, uniform: Tensor) -> Tensor:
         config = self._config
-        signed = uniform * 2 - 1
-        angle = signed[:, 0] * math.radians(config.rotation_degrees)
-        shift_x, shift_y = signed[:, 1] * (2 * config.translation), signed[:, 2] * (2 * config.translation)
-        # Larger by s means fetched from a field smaller by s; the exponent makes both directions equally likely.
-        field = torch.exp(-signed[:, 3] * math.log1p(config.scale))
-        flip_x = _flip(uniform[:, 4], config.horizontal_flip)
-        flip_y = _flip(uniform[:, 5], config.vertical_flip)
-        cos, sin = field * angle.cos(), field * angle.sin()
-        aspect = shape[-2] / shape[-1]  # so that a turned square stays a square in images that are none
-        row_x = torch.stack([cos * flip_x, -sin * flip_y * aspect, shift_x], dim=1)
-        row_y = torch.stack([sin * flip_x / aspect, cos * flip_y, shift_y], dim=1)
-        return torch.stack([row_x, row_y], dim=1)
+        changes = (
+            (colour.brightness, Column.BRIGHTNESS, config.brightness),
+            (colour.contrast, Column.CONTRAST, config.contrast),
+            (colour.saturation, Column.SATURATION, config.saturation),
+        )
+        for change, column, strength in changes:
+            if strength:
+                images = change(images, 1 + strength * signed(uniform, column))
+        return photometric_operations(images, uniform) if config.trivial_augment else images
+
+    def _erase(self, images: Tensor, uniform: Tensor) -> Tensor:
+        """Random erasing (Zhong et al., arXiv:1708.04896): a rectangle becomes the image's mean colour."""
+        if not self._config.erasing:
+            return images
+        height, width = images.shape[2:]
+        area = between(uniform, Column.ERASED_AREA, *_ERASED_AREA)
+        stretch = torch.exp(signed(uniform, Column.ERASED_ASPECT) * math.log(_ERASED_ASPECT) / 2)
+        rows = _span(height, area.sqrt() * stretch, uniform[:, Column.ERASED_Y])
+        columns = _span(width, area.sqrt() / stretch, uniform[:, Column.ERASED_X])
+        chosen = uniform[:, Column.ERASE] < self._config.erasing
+        mask = (rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])[:, None]
+        return torch.where(mask, images.mean((2, 3), keepdim=True), images)
 
 
-def _flip(uniform: Tensor, enabled: bool) -> Tensor:
-    return 1 - 2 * uniform.round() if enabled else torch.ones_like(uniform)
+def _span(size: int, fraction: Tensor, place: Tensor) -> Tensor:
+    """bool[N, size]: a run of `fraction` of the side, at `place` (0: at the start, 1: at the end)."""
+    length = (fraction.clamp(max=1) * size).round()
+    start = (place * (size - length + 1)).floor().clamp(max=size - 1)
+    position = torch.arange(size, device=fraction.device)[None, :]
+    return (position >= start[:, None]) & (position < (start + length)[:, None])

@@ -1,26 +1,144 @@
-"""The order of training images: shuffled by seed and epoch, cut into batches."""
+"""Training batches: which images, in which order, with which random numbers. Cut by indexing, in a thread ahead.
+
+The order depends on seed and epoch, and an image's random numbers on seed, epoch and image. So a resumed run sees what
+the uninterrupted one would have seen, whatever the number of processes.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.distributed import Group
+from training.draws import draws
 from training.seeds import Purpose, derive
 
+_AHEAD = 3
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Positions 0..count-1 in this epoch's order, in batches.
 
-    The last batch may be smaller. A last batch of one image joins the one before it: BatchNorm cannot learn from one.
+class Batch(NamedTuple):
+    """This process's part of one step.
+
+    `images`: uint8[N, H, W, C]. `labels`: int64[N]. `uniform`: float32[N, D] in 0..1, for augmentation. `whole`: images
+    in the step over all processes, by which the loss is divided.
     """
-    order = np.random.default_rng(derive(seed, Purpose.ORDER, epoch)).permutation(count)
-    starts = np.arange(batch_size, count, batch_size)
-    if count % batch_size == 1:
-        starts = starts[:-1]
-    return np.split(order, starts)
+
+    images: Tensor
+    labels: Tensor
+    uniform: Tensor
+    whole: int
 
 
-def batches_per_epoch(count: int, batch_size: int) -> int:
-    """The length of what `epoch_batches` returns."""
-    whole, rest = divmod(count, batch_size)
-    return max(1, whole + (rest > 1))
+class Source(Protocol):
+    """Where batches come from: memory, or tar shards."""
+
+    def __len__(self) -> int:
+        """Images per epoch over all processes."""
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of an epoch, from the one numbered `first`."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images of one part of the split: `images[indices]` is uint8[N, H, W, C], `labels[indices]` int64[N]."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def part_labels(self) -> NDArray[np.int64]:
+        """int64[N], the labels of this part."""
+        return self.labels[self.indices]
+
+
+class MemorySource:
+    """Batches from an array in memory, or mapped into it."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        seed: int,
+        *,
+        group: Group,
+        weights: NDArray[np.float64] | None = None,
+    ) -> None:
+        """`weights`: float64[N], how often each image is drawn, with replacement; None: each once per epoch."""
+        self._examples = examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._group = group
+        self._weights = None if weights is None else weights / weights.sum()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+        return len(batch_starts(len(self), self._batch_size))
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of an epoch, from the one numbered `first`; the next ones are made meanwhile."""
+        order = self._order(epoch)
+        uniform = draws(len(self), self._seed, epoch)
+        parts = np.split(order, batch_starts(len(self), self._batch_size)[1:])
+        return ahead(self._cut(positions, uniform) for positions in parts[first:])
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        random = np.random.default_rng(derive(self._seed, Purpose.ORDER, epoch))
+        if self._weights is None:
+            return random.permutation(len(self))
+        return random.choice(len(self), len(self), p=self._weights)
+
+    def _cut(self, positions: NDArray[np.int64], uniform: Tensor) -> Batch:
+        mine = positions[self._group.part(len(positions))]
+        chosen = self._examples.indices[mine]
+        images = torch.from_numpy(self._examples.images[chosen])
+        labels = torch.from_numpy(self._examples.labels[chosen])
+        return Batch(images, labels, uniform[torch.from_numpy(mine)], len(positions))
+
+
+def batch_starts(count: int, batch_size: int) -> NDArray[np.int64]:
+    """Where each batch begins. The last may be smaller; one of a single image joins the one before it.
+
+    BatchNorm cannot learn from one image.
+    """
+    starts = np.arange(0, count, batch_size)
+    return starts[:-1] if count % batch_size == 1 and len(starts) > 1 else starts
+
+
+def balancing_weights(labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64[N]: one over the size of each image's class, so that all classes are drawn equally often."""
+    return np.asarray(1.0 / np.bincount(labels)[labels], dtype=np.float64)
+
+
+def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Makes the next few batches in a thread while the loop works on the current one."""
+    iterator = iter(batches)
+    waiting: list[Future[Batch | None]] = []
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            waiting = [thread.submit(next, iterator, None) for _ in range(_AHEAD)]
+            while (batch := waiting.pop(0).result()) is not None:
+                waiting.append(thread.submit(next, iterator, None))
+                yield batch
+        finally:
+            for future in waiting:
+                future.cancel()

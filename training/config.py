@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.artifact import NAME_PATTERN
 from service.errors import ConfigurationError
@@ -32,26 +32,29 @@ class DataConfig(Section):
     """What is read and how it is split.
 
     `validation`, `test`: fractions of each class held out, unless the data come with their own split. `split_seed`
-    decides which images those are. `min_side_pixels`: smaller images are reported and left out.
+    decides which images those are. `min_side_pixels`: smaller images are reported and left out. `cache`: where the
+    decoded pixels are kept; `auto` is memory up to a quarter of what is free, else a file in the run's folder.
     """
 
     validation: Fraction = 0.1
     test: Fraction = 0.1
     split_seed: Annotated[int, Field(ge=0)] = 0
     min_side_pixels: Count = 4
+    cache: Literal["auto", "memory", "disk"] = "auto"
 
 
 class ModelConfig(Section):
     """Architecture and its options, as `training.models.create` takes them."""
 
     name: str = "lenet5"
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, bool | int | float] = {}
 
 
 class InputConfig(Section):
     """What the model sees. None is the architecture's, or for `channels` what the images are.
 
-    `size`: height and width in pixels. `shorter_side`: what an image is scaled to before the centre crop; None: `size`.
+    `size`: height and width in pixels. `shorter_side`: what an image is scaled to before the centre crop; None: in the
+    architecture's proportion to `size`.
     """
 
     size: Annotated[int, Field(ge=1, le=8192)] | None = None
@@ -64,23 +67,41 @@ class AugmentConfig(Section):
     """Random changes of the training images; each is drawn uniformly and anew for every image and epoch.
 
     `rotation_degrees`: up to so far to either side. `translation`: up to this fraction of the side. `scale`: between
-    1 / (1 + scale) and 1 + scale. `fill`: what lies outside of the image. Flips change the meaning of digits and text
-    and are off unless asked for.
+    1 / (1 + scale) and 1 + scale. `crop_padding`: shift by up to so many whole pixels. `crop_area`: cut a rectangle of
+    this fraction of the area up to all of it, aspect ratio 3:4 to 4:3, and enlarge it. `fill`: what lies outside of
+    the image. `brightness`, `contrast`, `saturation`: factor between 1 - x and 1 + x. `trivial_augment`: one operation
+    of TrivialAugment per image. `erasing`: probability that a rectangle is blanked. `mixup`, `cutmix`: parameter of the
+    Beta distribution, 0 is off. Flips change the meaning of digits and text and are off unless asked for.
     """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 12.0
     translation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     scale: Annotated[float, Field(ge=0, le=1)] = 0.1
+    crop_padding: Annotated[int, Field(ge=0, le=64)] = 0
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
     horizontal_flip: bool = False
     vertical_flip: bool = False
     fill: Literal["zeros", "border", "reflection"] = "border"
+    brightness: Fraction = 0.0
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    trivial_augment: bool = False
+    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> Self:
+        if self.crop_padding and self.crop_area < 1:
+            raise ValueError("crop_padding and crop_area are two ways to crop; set one of them")
+        return self
 
 
 class OptimiserConfig(Section):
     """How weights follow gradients.
 
-    `learning_rate`: the peak of the schedule; None takes the architecture's (`training.optimise`). `weight_decay`
-    spares biases and normalisation layers. `momentum` is that of Nesterov SGD, and the first beta of Adam and AdamW.
+    `learning_rate`: the peak of the schedule; None takes a proven one (`training.optimise`). `weight_decay` spares
+    biases and normalisation layers. `momentum` is that of Nesterov SGD, and the first beta of Adam and AdamW.
     `clip_norm`: largest norm of the whole gradient; None does not clip.
     """
 
@@ -102,14 +123,46 @@ class ScheduleConfig(Section):
 class LoopConfig(Section):
     """The loop.
 
-    `batch_size`: images per step, over all processes. `ema_decay`: of the averaged weights; 0 keeps none.
+    `batch_size`: images per step, over all processes; `accumulate`: in so many pieces per process, to save memory.
+    `ema_decay`: of the averaged weights; 0 keeps none. `balance`: against classes of different size, weigh the loss or
+    draw rare classes more often. `precision`: `auto` measures whether bfloat16 is worth it. `deterministic`: refuse
+    operations that are not repeatable. `patience`: stop after so many epochs without a better one. `stuck_epochs`: stop
+    with advice after so many epochs in a row whose loss is that of guessing; 0 never. `checkpoint_steps`: write
+    `last.pt` also within epochs, every so many steps.
     """
 
     epochs: Count = 30
     batch_size: Annotated[int, Field(ge=2)] = 64
+    accumulate: Count = 1
     label_smoothing: Fraction = 0.0
     ema_decay: Fraction = 0.99
+    balance: Literal["none", "weights", "sampler"] = "none"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    patience: Count | None = None
+    stuck_epochs: Annotated[int, Field(ge=0)] = 5
+    checkpoint_steps: Count | None = None
+    tensorboard: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+class TransferConfig(Section):
+    """Starting from trained weights.
+
+    `weights`: checkpoint file; None trains from scratch. `strategy`: `linear-probe` trains the head only; `fine-tune`
+    everything; `lp-ft` the head first, then everything (Kumar et al., arXiv:2202.10054); `gradual` unfreezes stage
+    after stage from the head down (Howard and Ruder, arXiv:1801.06146). `probe`: fraction of the epochs for the head
+    alone. `spread`: the first stage learns so many times slower than the head. `freeze_norm`: BatchNorm keeps the
+    statistics it came with. `licence`: of the weights; goes into the manifest.
+    """
+
+    weights: Path | None = None
+    strategy: Literal["linear-probe", "fine-tune", "lp-ft", "gradual"] = "lp-ft"
+    probe: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    spread: Annotated[float, Field(ge=1)] = 100.0
+    freeze_norm: bool = False
+    licence: str = "unspecified"
 
 
 class Experiment(Section):
@@ -123,6 +176,7 @@ class Experiment(Section):
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loop: LoopConfig = LoopConfig()
+    transfer: TransferConfig = TransferConfig()
 
 
 def load_experiment(file: Path | None, overrides: Mapping[str, Any]) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from training.evaluate import TOP_K, Evaluation
+from training.journal import Journal
 from training.metrics import ClassScores
 from training.read import Fault
 
@@ -35,6 +37,10 @@ class Display:
         """One line; markup is not interpreted, so that paths stay as they are."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def show(self, table: Table) -> None:
+        """A table."""
+        self.console.print(table)
+
     @contextmanager
     def reading(self, files: int) -> Iterator[Callable[[int], None]]:
         """A bar for reading files; yields what is told the number of files just done."""
@@ -43,10 +49,15 @@ class Display:
             yield lambda done: bar.advance(task, done)
 
     @contextmanager
-    def training(self, images_per_epoch: int, epochs: int, done: int = 0) -> Iterator[TrainingView]:
-        """A bar for the whole run, with the epoch, the loss and the latest validation figures beside it."""
+    def training(
+        self, images_per_epoch: int, epochs: int, done: int = 0, journal: Journal | None = None
+    ) -> Iterator[TrainingView]:
+        """A bar for the whole run, with the epoch, the loss and the latest validation figures beside it.
+
+        `done`: epochs of a resumed run. `journal`: where the figures go, too.
+        """
         with self._bar() as bar:
-            yield TrainingView(self, bar, images_per_epoch, epochs, done)
+            yield TrainingView(self, bar, images_per_epoch, epochs, done, journal)
 
     def faults(self, faults: Sequence[Fault]) -> None:
         """Lists files that were set aside."""
@@ -78,8 +89,12 @@ class Display:
 class TrainingView:
     """Watches the loop (`training.loop.Watcher`)."""
 
-    def __init__(self, display: Display, bar: Progress, images_per_epoch: int, epochs: int, done: int) -> None:
+    def __init__(
+        self, display: Display, bar: Progress, images_per_epoch: int, epochs: int, done: int, journal: Journal | None
+    ) -> None:
         self._display = display
+        self._journal = journal
+        self._loss = math.nan
         self._bar = bar
         self._epochs = epochs
         self._epoch = done
@@ -89,13 +104,17 @@ class TrainingView:
 
     def step(self, images: int, loss: float) -> None:
         """Moves the bar."""
-        self._bar.update(self._task, advance=images, note=f"loss {loss:.3f}{self._validated}")
+        self._loss = self._loss if math.isnan(loss) else loss
+        self._bar.update(self._task, advance=images, note=f"loss {self._loss:.3f}{self._validated}")
 
-    def epoch(self, figures: Mapping[str, float]) -> None:
-        """Prints the epoch where there is no bar to show it."""
+    def epoch(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Logs the epoch, and prints it where there is no bar to show it."""
+        if self._journal:
+            self._journal.write(history)
+        figures = history[-1]
         self._epoch = int(figures["epoch"])
-        if "validation_accuracy" in figures:
-            self._validated = f"  validation {figures['validation_accuracy']:.2%}"
+        if "val_accuracy" in figures:
+            self._validated = f"  validation {figures['val_accuracy']:.2%}"
         if not self._display.console.is_terminal:
             self._display.say(
                 f"epoch {self._epoch}/{self._epochs}  loss {figures['train_loss']:.4f}{self._validated}  "

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from training import metrics
+from training.batches import Examples
+from training.distributed import Group
 from training.pixels import Normaliser, unit_range
 
 _BATCH = 256
@@ -40,11 +42,12 @@ class Evaluation:
         return metrics.class_scores(metrics.confusion_matrix(self.predicted, self.labels, self.logits.shape[1]))
 
 
-def evaluate(
-    model: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], normalise: Normaliser
-) -> Evaluation:
-    """Runs `model` in evaluation mode over uint8[N, H, W, C] with labels int64[N]; N may not be 0."""
-    logits = predict(model, images, normalise)
+def evaluate(model: nn.Module, examples: Examples, normalise: Normaliser, *, group: Group | None = None) -> Evaluation:
+    """Runs `model` in evaluation mode over examples, of which there has to be one; processes share the work."""
+    group = group or Group()
+    part = group.part(len(examples))
+    logits = group.gather(predict(model, examples.images, examples.indices[part], normalise))
+    labels = examples.part_labels
     return Evaluation(
         logits=logits,
         labels=labels,
@@ -55,15 +58,22 @@ def evaluate(
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: NDArray[np.uint8], normalise: Normaliser) -> NDArray[np.float32]:
-    """Logits float32[N, K] of uint8[N, H, W, C]. The model's training mode is put back afterwards."""
-    was_training = model.training
+def predict(
+    model: nn.Module, images: NDArray[np.uint8], indices: NDArray[np.int64], normalise: Normaliser
+) -> NDArray[np.float32]:
+    """Logits float32[N, K] of `images[indices]`, uint8[N, H, W, C], in float32.
+
+    The model's training mode is put back afterwards, module by module.
+    """
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
     model.eval()
     try:
         parts = [
-            model(normalise(unit_range(torch.from_numpy(images[at : at + _BATCH])))).numpy()
-            for at in range(0, len(images), _BATCH)
+            model(normalise(unit_range(torch.from_numpy(images[indices[at : at + _BATCH]]).to(device)))).cpu().numpy()
+            for at in range(0, len(indices), _BATCH)
         ]
     finally:
-        model.train(was_training)
-    return np.concatenate(parts).astype(np.float32)
+        for module, training in modes.items():
+            module.training = training
+    return np.concatenate(parts).astype(np.float32) if parts else np.empty((0, 0), dtype=np.float32)

@@ -1,203 +1,275 @@
-"""The training loop: batches through the model, epoch after epoch, the best state kept."""
+"""The training loop: phases of epochs of steps, figures after each epoch, checkpoints to go on from exactly."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from service.errors import TrainingError
 from training import checkpoint
-from training.augment import Augmenter, draws
-from training.batches import batches_per_epoch, epoch_batches
+from training.batches import Examples, Source
 from training.config import Experiment
+from training.distributed import Group
 from training.evaluate import evaluate
-from training.models import Classifier, Outputs
-from training.optimise import Average, build_optimiser, peak_rate
-from training.pixels import Normaliser, unit_range
-from training.schedule import rate
-from training.seeds import Purpose, derive
+from training.phases import Phase
+from training.pixels import Normaliser
+from training.precision import Precision
+from training.step import Stepper, chance_loss
 
 BEST = "best.pt"
 LAST = "last.pt"
 
-
-@dataclass(frozen=True)
-class Examples:
-    """Images of one part of the split: `images[indices]` is uint8[N, H, W, C], `labels[indices]` int64[N]."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    indices: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def batch(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """uint8[N, H, W, C] and int64[N] at these positions of the part."""
-        chosen = self.indices[positions]
-        return torch.from_numpy(self.images[chosen]), torch.from_numpy(self.labels[chosen])
+_CHECK_STEPS = 16  # a GPU is asked for its losses this often, so that it need not wait for Python
+_STUCK = 0.99
 
 
 class Watcher(Protocol):
     """What the loop tells while it runs."""
 
     def step(self, images: int, loss: float) -> None:
-        """A batch of so many images is done."""
+        """So many images are done; `loss` is the latest known."""
 
-    def epoch(self, figures: Mapping[str, float]) -> None:
-        """An epoch is done."""
+    def epoch(self, history: Sequence[Mapping[str, float]]) -> None:
+        """An epoch is done; the last entry is its figures."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: all that is not inside the model and the optimiser."""
+    """Where a run stands: all that is not inside the model and the optimiser.
+
+    `epoch`: epochs done. `step`: steps done in all. `batch`: steps done in the current epoch, `loss_sum` and `images`
+    over them. `best`: validation accuracy and negative loss of the best epoch, `best_epoch` its number from 1.
+    """
 
     epoch: int = 0
     step: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    images: int = 0
     best: tuple[float, float] | None = None
+    best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-class Trainer:
-    """Trains one model on in-memory images.
+class StoppedError(Exception):
+    """The loop was asked to stop, and has written its checkpoint."""
 
-    `model` is trained in place; `averaged` is what is evaluated and kept: the moving average, or the model itself.
-    """
+
+class Trainer:
+    """Trains one model. `evaluated` is what is validated and kept: the averaged weights, or the model itself."""
 
     def __init__(
-        self, model: Classifier, train: Examples, validation: Examples, normalise: Normaliser, experiment: Experiment
+        self,
+        stepper: Stepper,
+        source: Source,
+        validation: Examples,
+        normalise: Normaliser,
+        experiment: Experiment,
+        *,
+        phases: Sequence[Phase],
+        peak: float,
+        folder: Path,
+        identity: Mapping[str, Any],
+        group: Group,
     ) -> None:
-        self.model = model
+        """`identity`: what a checkpoint has to agree in to be continued (data, precision ...); plain values."""
         self.progress = Progress()
-        self._train = train
+        self._stepper = stepper
+        self._source = source
         self._validation = validation
         self._normalise = normalise
-        self._experiment = experiment
         self._loop = experiment.loop
-        self._augment = Augmenter(experiment.augment)
-        self._peak_rate = peak_rate(experiment.optimiser, model.config.name)
-        self._optimiser = build_optimiser(model, experiment.optimiser, self._peak_rate)
-        self._average = Average(model, self._loop.ema_decay) if self._loop.ema_decay else None
-        self._total_steps = self._loop.epochs * batches_per_epoch(len(train), self._loop.batch_size)
+        self._phases = phases
+        self._peak = peak
+        self._folder = folder
+        self._identity = dict(identity)
+        self._group = group
+        self._classes = stepper.model.config.num_classes
+        self._pending: list[tuple[Tensor, int]] = []
 
     @property
-    def averaged(self) -> nn.Module:
-        """The model that is evaluated."""
-        return self._average.model if self._average else self.model
+    def evaluated(self) -> nn.Module:
+        """The model that is validated and exported."""
+        return self._stepper.average.model if self._stepper.average else self._stepper.model
 
-    def fit(self, folder: Path, watcher: Watcher) -> None:
-        """Trains to the last epoch, then puts the best state into `averaged`.
+    @property
+    def precision(self) -> Precision:
+        """Number format of the forward pass."""
+        return self._stepper.precision
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases."""
+        return sum(phase.epochs for phase in self._phases)
+
+    def fit(self, watcher: Watcher, stop: Callable[[], bool] = lambda: False) -> None:
+        """Trains to the end, then puts the best weights into `evaluated`.
 
         Args:
-            folder: where `best.pt` and `last.pt` go.
-            watcher: told about each step and epoch.
+            watcher: told about steps and epochs.
+            stop: asked after each step; True writes a checkpoint and raises `StoppedError`.
 
         Raises:
-            TrainingError: the loss is no number any more, or a checkpoint cannot be written.
+            TrainingError: the loss is no number any more or does not move, or a checkpoint cannot be written.
+            StoppedError: `stop` was answered with True.
         """
-        while self.progress.epoch < self._loop.epochs:
-            started = time.monotonic()
-            loss = self._run_epoch(watcher.step)
-            figures = self._figures(loss, time.monotonic() - started)
-            self.progress.epoch += 1
-            self.progress.history.append(figures)
-            if self._is_best(figures):
-                checkpoint.save(folder / BEST, self.export_state())
-            checkpoint.save(folder / LAST, self.state())
-            watcher.epoch(figures)
-        self.averaged.load_state_dict(checkpoint.load(folder / BEST)["model"])
+        end = 0
+        for phase in self._phases:
+            end += phase.epochs
+            if self.progress.epoch < end and not self._out_of_patience():
+                self._begin(phase, end - phase.epochs)
+                while self.progress.epoch < end and not self._out_of_patience():
+                    self._run_epoch(watcher, stop)
+        self._group.wait()
+        self.evaluated.load_state_dict(checkpoint.load(self._folder / BEST)["model"])
 
-    def export_state(self) -> dict[str, Any]:
-        """The averaged model alone, for the `best.pt` that evaluation and export read."""
-        return {
-            "model": self.averaged.state_dict(),
-            "architecture": self.model.config.name,
-            "options": self.model.config.options(),
-            "epoch": self.progress.epoch,
-        }
+    def resume(self) -> None:
+        """Takes over the run's last checkpoint.
 
-    def state(self) -> dict[str, Any]:
-        """All that is needed to go on."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self._average.model.state_dict() if self._average else None,
-            "optimiser": self._optimiser.state_dict(),
-            "progress": vars(self.progress),
-            "experiment": self._experiment.model_dump(mode="json"),
-        }
+        Raises:
+            DataError: there is none, or it cannot be read.
+            TrainingError: it belongs to other data or another computation.
+        """
+        state = checkpoint.load(self._folder / LAST)
+        changed = [key for key, value in self._identity.items() if state["identity"].get(key) != value]
+        if changed:
+            raise TrainingError(
+                f"{self._folder / LAST} was written with another {', '.join(changed)}; "
+                "resume with the same data and settings, or start a new run"
+            )
+        self.progress = Progress(**state["progress"])
+        start = 0
+        for phase in self._phases:
+            if self.progress.epoch < start + phase.epochs or phase is self._phases[-1]:
+                self._begin(phase, start)
+                # At the very start of a phase its optimiser is new, and the checkpoint holds the one before it.
+                fresh = self.progress.epoch == start and self.progress.batch == 0 and start > 0
+                self._stepper.load(state["stepper"], with_optimiser=not fresh)
+                return
+            start += phase.epochs
 
-    def _run_epoch(self, advance: Callable[[int, float], None]) -> float:
-        self.model.train()
-        epoch = self.progress.epoch
-        uniform = draws(len(self._train), self._loop.seed, epoch)
-        total = 0.0
-        for positions in epoch_batches(len(self._train), self._loop.batch_size, self._loop.seed, epoch):
-            images, labels = self._train.batch(positions)
-            loss = self._run_step(images, labels, uniform[torch.from_numpy(positions)])
-            if not math.isfinite(loss):
+    def _begin(self, phase: Phase, first_epoch: int) -> None:
+        steps = self._source.steps
+        self._stepper.begin(phase, self._peak * phase.peak, first_epoch * steps, phase.epochs * steps)
+
+    def _run_epoch(self, watcher: Watcher, stop: Callable[[], bool]) -> None:
+        started, images_before = time.monotonic(), self.progress.images
+        self._stepper.train()
+        progress = self.progress
+        for batch in self._source.batches(progress.epoch, progress.batch):
+            self._pending.append((self._stepper(batch, progress.step), batch.whole))
+            progress.step += 1
+            progress.batch += 1
+            last_check = self._drain() if self._due() else None
+            watcher.step(batch.whole, last_check if last_check is not None else math.nan)
+            self._pause(stop)
+        self._drain()
+        seconds = time.monotonic() - started
+        self._close_epoch((progress.images - images_before) / seconds)
+        watcher.epoch(progress.history)
+
+    def _due(self) -> bool:
+        return self._stepper.device.type == "cpu" or len(self._pending) >= _CHECK_STEPS
+
+    def _drain(self) -> float | None:
+        """Reads the losses of the steps since the last time and adds them up; returns the latest."""
+        latest = None
+        for share, images in self._pending:
+            (latest,) = self._group.sum([float(share)])
+            if not math.isfinite(latest):
                 raise TrainingError(
-                    f"the loss became {loss} in epoch {epoch + 1}, step {self.progress.step + 1}; "
-                    "use a lower --learning-rate, a longer warm-up, or clip the gradient"
+                    f"the loss became {latest} in epoch {self.progress.epoch + 1}, near step {self.progress.step}; "
+                    "use a lower --learning-rate, a longer warm-up, or --clip-norm 1"
                 )
-            self.progress.step += 1
-            total += loss * len(labels)
-            advance(len(labels), loss)
-        return total / len(self._train)
+            self.progress.loss_sum += latest * images
+            self.progress.images += images
+        self._pending.clear()
+        return latest
 
-    def _run_step(self, images: Tensor, labels: Tensor, uniform: Tensor) -> float:
-        torch.manual_seed(derive(self._loop.seed, Purpose.DROPOUT, self.progress.step))
-        learning_rate = self._peak_rate * rate(self._experiment.schedule, self.progress.step, self._total_steps)
-        for group in self._optimiser.param_groups:
-            group["lr"] = learning_rate
-        inputs = self._normalise(self._augment(unit_range(images), uniform))
-        loss = self._loss(self.model(inputs), labels)
-        self._optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        clip_norm = self._experiment.optimiser.clip_norm
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
-        self._optimiser.step()
-        if self._average:
-            self._average.update(self.model, self.progress.step)
-        return float(loss.detach())
+    def _pause(self, stop: Callable[[], bool]) -> None:
+        every = self._loop.checkpoint_steps
+        if self._group.any(stop()):
+            self._drain()
+            self._save(LAST)
+            raise StoppedError
+        if every and self.progress.step % every == 0:
+            self._drain()
+            self._save(LAST)
 
-    def _loss(self, outputs: Tensor | Outputs, labels: Tensor) -> Tensor:
-        smoothing = self._loop.label_smoothing
-        if isinstance(outputs, Tensor):
-            return functional.cross_entropy(outputs, labels, label_smoothing=smoothing)
-        auxiliary = [functional.cross_entropy(aux, labels, label_smoothing=smoothing) for aux in outputs.aux_logits]
-        main = functional.cross_entropy(outputs.logits, labels, label_smoothing=smoothing)
-        return main + self.model.aux_weight * torch.stack(auxiliary).sum()
-
-    def _figures(self, loss: float, seconds: float) -> dict[str, float]:
+    def _close_epoch(self, images_per_second: float) -> None:
+        progress = self.progress
         figures = {
-            "epoch": float(self.progress.epoch + 1),
-            "learning_rate": float(self._optimiser.param_groups[0]["lr"]),
-            "train_loss": loss,
-            "images_per_second": len(self._train) / seconds,
+            "epoch": float(progress.epoch + 1),
+            "learning_rate": self._stepper.learning_rate,
+            "train_loss": progress.loss_sum / progress.images,
+            "images_per_second": images_per_second,
+            **self._validate(),
         }
-        if len(self._validation):
-            part = self._validation
-            found = evaluate(self.averaged, part.images[part.indices], part.labels[part.indices], self._normalise)
-            figures |= {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
-        return figures
+        progress.history.append(figures)
+        progress.epoch += 1
+        progress.batch, progress.images, progress.loss_sum = 0, 0, 0.0
+        if self._is_best(figures):
+            progress.best_epoch = progress.epoch
+            self._save_best()
+        self._save(LAST)
+        self._check_stuck()
+
+    def _validate(self) -> dict[str, float]:
+        if not len(self._validation):
+            return {}
+        found = evaluate(self.evaluated, self._validation, self._normalise, group=self._group)
+        return {"val_loss": found.loss, "val_accuracy": found.accuracy}
 
     def _is_best(self, figures: Mapping[str, float]) -> bool:
         """Highest validation accuracy, then lowest validation loss; without validation images always the newest."""
-        if "validation_accuracy" not in figures:
+        if "val_accuracy" not in figures:
             return True
-        score = (figures["validation_accuracy"], -figures["validation_loss"])
+        score = (figures["val_accuracy"], -figures["val_loss"])
         if self.progress.best is not None and score <= self.progress.best:
             return False
         self.progress.best = score
         return True
+
+    def _out_of_patience(self) -> bool:
+        patience = self._loop.patience
+        return patience is not None and self.progress.epoch - self.progress.best_epoch >= patience
+
+    def _check_stuck(self) -> None:
+        recent = [figures["train_loss"] for figures in self.progress.history[-self._loop.stuck_epochs :]]
+        if not self._loop.stuck_epochs or len(recent) < self._loop.stuck_epochs:
+            return
+        chance = chance_loss(self._classes)
+        if min(recent) > _STUCK * chance:
+            raise TrainingError(
+                f"the loss has stayed at {recent[-1]:.3f}, that of guessing among {self._classes} classes "
+                f"({chance:.3f}), for {len(recent)} epochs. Try a lower --learning-rate with a longer warm-up, a "
+                "network with BatchNorm (vgg16_bn instead of vgg16), and check that the labels are right"
+            )
+
+    def _save(self, name: str) -> None:
+        if self._group.main:
+            state = {
+                "stepper": self._stepper.state(),
+                "progress": vars(self.progress),
+                "identity": self._identity,
+            }
+            checkpoint.save(self._folder / name, state)
+
+    def _save_best(self) -> None:
+        if self._group.main:
+            config = self._stepper.model.config
+            state = {
+                "model": self.evaluated.state_dict(),
+                "architecture": config.name,
+                "num_classes": config.num_classes,
+                "in_channels": config.in_channels,
+                "options": config.options(),
+                "epoch": self.progress.epoch,
+            }
+            checkpoint.save(self._folder / BEST, state)

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.config import OptimiserConfig
+from training.config import Experiment, OptimiserConfig
 
 _SMALL_MODELS = frozenset({"lenet5", "convnet"})
 
 
-def peak_rate(config: OptimiserConfig, architecture: str) -> float:
-    """The configured peak learning rate, or a proven one: SGD 0.05; Adam 4e-3 for the small models, else 1e-3."""
+def peak_rate(experiment: Experiment) -> float:
+    """The configured peak learning rate, or a proven one.
+
+    SGD: 0.05, from trained weights 0.01. Adam and AdamW: 4e-3 for the small models, 1e-3 for others, from trained
+    weights 2e-3, of which the early stages get a fraction (fastai's default).
+    """
+    config, transfer = experiment.optimiser, experiment.transfer.weights is not None
     if config.learning_rate is not None:
         return config.learning_rate
     if config.name == "sgd":
-        return 0.05
-    return 4e-3 if architecture in _SMALL_MODELS else 1e-3
+        return 0.01 if transfer else 0.05
+    if transfer:
+        return 2e-3
+    return 4e-3 if experiment.model.name in _SMALL_MODELS else 1e-3
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """An optimiser over the trainable parameters; weight decay spares biases and normalisation layers."""
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in zip(_by_decay(model), (config.weight_decay, 0.0), strict=True)
-        if params
-    ]
+def build_optimiser(groups: Sequence[Mapping[str, Any]], config: OptimiserConfig) -> torch.optim.Optimizer:
+    """An optimiser over groups of {params, multiple, decays}; the loop sets their learning rates at each step."""
+    decayed = [{**group, "weight_decay": config.weight_decay if group["decays"] else 0.0} for group in groups]
     if config.name == "sgd":
-        nesterov = config.momentum > 0
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, fused=True)
+        return torch.optim.SGD(decayed, lr=1.0, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=learning_rate, betas=(config.momentum, 0.999), fused=True)
-
-
-def _by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable matrices and filters, which decay; vectors and scalars (biases, norm), which do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+    return kind(decayed, lr=1.0, betas=(config.momentum, 0.999), fused=True)
 
 
 class Average:

@@ -21,11 +21,16 @@ class Normaliser:
     """Subtracts the mean and divides by the standard deviation, per channel, in units where pixels are 0..1."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None) -> None:
+        """Keeps its numbers on `device`; None is the CPU."""
         self.mean = tuple(mean)
         self.std = tuple(std)
         shape = (1, len(mean), 1, 1)
         self._scale = torch.tensor([1 / s for s in std], device=device).view(shape)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(shape)
+
+    def on(self, device: torch.device) -> Normaliser:
+        """The same on another device."""
+        return Normaliser(self.mean, self.std, device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32[N, C, H, W] in 0..1 to the same, normalised."""

@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from service.artifact import InputSpec
-from service.errors import DataError, ImageFault, InvalidImageError
+from service.errors import DataError, InvalidImageError
 from service.preprocess import preprocess
 from training.data import Listing
 
@@ -37,17 +37,19 @@ class Fault:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Decoded images. Batches are `images[indices]`, so that the loop waits for memory bandwidth and nothing else.
+    """Decoded images. Batches are `images[rows]`, so that the loop waits for memory bandwidth and nothing else.
 
-    `images`: uint8[N, H, W, C]. `labels`: int64[N]. `digests`: uint8[N, 16], BLAKE2b of each encoded file.
+    `images`: uint8[N, H, W, C], a row per file of the listing, in memory or mapped. `digests`: uint8[N, 16], BLAKE2b of
+    each encoded file. `usable`: int64, ascending, the rows without a fault; the others hold nothing of use.
     """
 
     listing: Listing
     images: NDArray[np.uint8]
     digests: NDArray[np.uint8]
+    usable: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.listing)
+        return len(self.usable)
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -59,12 +61,22 @@ class Dataset:
         """Names in label order."""
         return self.listing.classes
 
+    def without(self, faults: Sequence[Fault]) -> Dataset:
+        """The same, with these files set aside too.
+
+        Raises:
+            DataError: a class has no usable image left.
+        """
+        lost = {fault.path for fault in faults}
+        kept = [row for row in self.usable if self.listing.paths[row] not in lost]
+        return _checked(replace(self, usable=np.asarray(kept, dtype=np.int64)), faults)
+
     def digest(self) -> str:
         """SHA-256 over paths, labels and contents, in hexadecimal: two equal ones mean the same data set."""
         total = hashlib.sha256()
-        for path, label, content in zip(self.listing.paths, self.labels, self.digests, strict=True):
-            total.update(f"{path}\0{self.classes[label]}\0".encode())
-            total.update(content.tobytes())
+        for row in self.usable:
+            total.update(f"{self.listing.paths[row]}\0{self.classes[self.labels[row]]}\0".encode())
+            total.update(self.digests[row].tobytes())
         return total.hexdigest()
 
 
@@ -74,6 +86,7 @@ def read_images(
     *,
     min_side_pixels: int = 1,
     workers: int = 2,
+    images: NDArray[np.uint8] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Dataset, list[Fault]]:
     """Decodes every file of a listing.
@@ -83,21 +96,22 @@ def read_images(
         spec: shape and resize rule of the model's input.
         min_side_pixels: images whose shorter side is smaller are set aside as tiny.
         workers: threads.
+        images: uint8[N, H, W, C] to decode into, such as a mapped file; None allocates memory.
         advance: told the number of files done since it was last called.
 
     Returns:
-        The usable images in the listing's order, and what was set aside.
+        The images, and what was set aside, both in the listing's order.
 
     Raises:
         DataError: a class has no usable image left.
     """
-    images = np.empty((len(listing), *spec.shape), dtype=np.uint8)
+    pixels = np.empty((len(listing), *spec.shape), dtype=np.uint8) if images is None else images
     digests = np.zeros((len(listing), 16), dtype=np.uint8)
     faults: dict[int, Fault] = {}
 
     def read(chunk: range) -> int:
         for i in chunk:
-            fault = _read_one(listing.file(i), spec, min_side_pixels, images[i], digests[i])
+            fault = _read_one(listing.file(i), spec, min_side_pixels, pixels[i], digests[i])
             if fault:
                 faults[i] = Fault(listing.paths[i], *fault)
         return len(chunk)
@@ -106,10 +120,9 @@ def read_images(
     with ThreadPoolExecutor(workers) as pool:
         for done in pool.map(read, chunks):
             advance(done)
-    good = np.setdiff1d(np.arange(len(listing)), list(faults))
-    dataset = Dataset(listing, images, digests) if not faults else _take(listing, images, digests, good)
-    _check_classes(listing, dataset.labels, len(faults))
-    return dataset, [faults[i] for i in sorted(faults)]
+    usable = np.setdiff1d(np.arange(len(listing)), np.fromiter(faults, dtype=np.int64))
+    found = [faults[i] for i in sorted(faults)]
+    return _checked(Dataset(listing, pixels, digests, usable), found), found
 
 
 def count_channels(listing: Listing, sample: int = 256) -> int:
@@ -146,25 +159,14 @@ def _read_one(
     return None
 
 
-def _take(listing: Listing, images: NDArray[np.uint8], digests: NDArray[np.uint8], keep: NDArray[np.int64]) -> Dataset:
-    kept = Listing(
-        root=listing.root,
-        paths=tuple(listing.paths[i] for i in keep),
-        labels=listing.labels[keep],
-        classes=listing.classes,
-        splits=listing.splits[keep],
-    )
-    return Dataset(kept, images[keep], digests[keep])
-
-
-def _check_classes(listing: Listing, labels: NDArray[np.int64], faults: int) -> None:
-    counts = np.bincount(labels, minlength=len(listing.classes))
-    lost: Sequence[str] = [name for name, count in zip(listing.classes, counts, strict=True) if count == 0]
+def _checked(dataset: Dataset, faults: Sequence[Fault]) -> Dataset:
+    counts = np.bincount(dataset.labels[dataset.usable], minlength=len(dataset.classes))
+    lost = [name for name, count in zip(dataset.classes, counts, strict=True) if count == 0]
     if lost:
+        first = faults[0] if faults else None
+        example = f" (first of {len(faults)}: {first.path}: {first.message})" if first else ""
         raise DataError(
-            f"{listing.root}: none of the files of class {', '.join(lost[:5])} can be used ({faults} faults in all); "
-            "replace them or remove the folder"
+            f"{dataset.listing.root}: no usable image of class {', '.join(lost[:5])} is left{example}; "
+            "replace the files or remove the folder"
         )
-
-
-__all__ = ["Dataset", "Fault", "ImageFault", "count_channels", "read_images"]
+    return dataset

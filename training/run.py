@@ -1,34 +1,36 @@
-"""One training run from a folder of images to a model version: the composition of all stages."""
+"""One training run from images to a model version: the composition of all stages."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from numpy.typing import NDArray
 
-from service.artifact import InputSpec, Resize, Weights
+from service.artifact import Weights
 from service.errors import ConfigurationError
+from training.batches import Examples, MemorySource, balancing_weights
 from training.calibrate import fit_temperature
-from training.config import Experiment, InputConfig
-from training.data import list_images
+from training.config import Experiment
 from training.display import Display
+from training.distributed import Group, device, joined
 from training.evaluate import Evaluation, evaluate
 from training.export import export_version
-from training.loop import Examples, Trainer
-from training.models import Architecture, create, describe
-from training.pixels import Normaliser, channel_statistics
-from training.read import Dataset, count_channels, read_images
+from training.folders import check_writable, new_run
+from training.interrupt import InterruptedRunError, held_back
+from training.journal import Journal
+from training.loop import StoppedError, Trainer
+from training.models import Architecture, LoadReport, create, describe
+from training.optimise import peak_rate
+from training.phases import Phase
+from training.precision import Precision, fastest
+from training.prepare import Prepared, prepare
 from training.seeds import Purpose, derive
-from training.split import Split, stratified_split, write_split
+from training.step import Stepper, class_weights
 from training.trained import Trained
+from training.transfer import plan, provenance, stage_table, start_from
 
 _CANARY_IMAGES = 8
 _CALIBRATION_IMAGES = 512
@@ -49,145 +51,164 @@ class Result:
     holdout: tuple[Path, ...]
 
 
-def run(experiment: Experiment, source: Path, repository: Path, runs: Path, display: Display) -> Result:
+def run(
+    experiment: Experiment,
+    source: Path,
+    repository: Path,
+    runs: Path,
+    display: Display,
+    *,
+    resume: Path | None = None,
+) -> Result:
     """Reads, splits, trains, evaluates and exports.
 
     Args:
         experiment: every choice.
-        source: folder that holds one folder of images per class.
+        source: the images; see `training.data`.
         repository: where the model version goes.
         runs: where the run's own folder goes: `<runs>/<name>/<number>/` with checkpoints and the settings.
         display: what is shown meanwhile.
+        resume: folder of an interrupted run to go on with.
 
     Raises:
         ConfigurationError: a choice that cannot be, or a folder that cannot be written.
         DataError: images that cannot be used.
         TrainingError: training or the checks of the export failed.
+        InterruptedRunError: SIGTERM or Ctrl-C; the checkpoint is written.
     """
     entry = describe(experiment.model.name)
-    _check(experiment, repository)
-    dataset, spec = _read(experiment, entry, source, display)
-    split = stratified_split(
-        dataset.labels,
-        dataset.classes,
-        validation=experiment.data.validation,
-        test=experiment.data.test,
-        seed=experiment.data.split_seed,
-    )
-    folder = _new_run(runs / experiment.name, experiment)
-    write_split(folder / "split.csv", dataset.listing, split)
-    mean, std = channel_statistics(dataset.images, split.train)
-    normalise = Normaliser(mean, std)
-    trainer = build_trainer(experiment, dataset, split, normalise)
-    trainer.model.check_input(spec.height, spec.width)
-    display.say(
-        f"{len(dataset.classes)} classes; {len(split.train)} images to train, {len(split.validation)} to validate, "
-        f"{len(split.test)} to test; {experiment.model.name} on {spec.width}x{spec.height}x{spec.channels}"
-    )
-    with display.training(len(split.train), experiment.loop.epochs) as view:
-        trainer.fit(folder, view)
-    trained, evaluation = _examine(experiment, dataset, split, spec, normalise, trainer)
-    display.evaluation(evaluation, dataset.classes, "Held-out images")
-    version = export_version(trained, repository)
-    return Result(version, folder, evaluation, dataset.classes, tuple(trained.holdout_paths))
-
-
-def input_spec(config: InputConfig, default: InputSpec, channels: int) -> InputSpec:
-    """The model's input: the architecture's default, changed by what was asked for.
-
-    The shorter side of the resize keeps its proportion to the crop when only the size is changed.
-    """
-    size = config.size or default.height
-    mode = config.resize or default.resize.mode
-    side = config.shorter_side
-    if side is None and default.resize.shorter_side is not None and mode == "crop":
-        side = round(default.resize.shorter_side * size / default.height)
-    if side is not None and side < size:
-        raise ConfigurationError(f"input.shorter_side {side} is smaller than the input of {size}x{size}; enlarge it")
-    resize = Resize(mode=mode, shorter_side=side, interpolation=default.resize.interpolation)
-    return InputSpec(height=size, width=size, channels=1 if channels == 1 else 3, resize=resize)
-
-
-def _check(experiment: Experiment, repository: Path) -> None:
-    """Finds what would fail after training before it begins."""
+    phases = plan(experiment, entry)
     if not experiment.data.validation and not experiment.data.test:
         raise ConfigurationError("without --validation and --test no image is left to check the model with; set one")
-    try:
-        repository.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=repository).cleanup()
-    except OSError as error:
-        raise ConfigurationError(f"the repository {repository} cannot be written: {error.strerror}") from error
+    check_writable(repository, "the repository")
+    with joined() as group:
+        data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
+        _introduce(display, experiment, data)
+        folder = resume or group.from_main(lambda: new_run(runs / experiment.name, experiment))
+        if group.main:
+            data.write_reports(folder)
+        torch.use_deterministic_algorithms(experiment.loop.deterministic)
+        stepper, report = build_stepper(experiment, entry, data, group)
+        if report:
+            display.show(stage_table(stepper.model, entry, report, phases))
+        trainer = build_trainer(experiment, data, stepper, phases, folder, group)
+        if resume:
+            trainer.resume()
+        _fit(trainer, experiment, len(data.split.train), folder, display, group)
+        evaluation, trained = examine(experiment, data, trainer, provenance(experiment.transfer, report), group)
+        display.evaluation(evaluation, data.dataset.classes, "Held-out images")
+        version = group.from_main(lambda: export_version(trained, repository))
+        return Result(version, folder, evaluation, data.dataset.classes, tuple(trained.holdout_paths))
 
 
-def _read(experiment: Experiment, entry: Architecture, source: Path, display: Display) -> tuple[Dataset, InputSpec]:
-    listing = list_images(source)
-    channels = experiment.input.channels or count_channels(listing)
-    spec = input_spec(experiment.input, entry.input, channels)
-    with display.reading(len(listing)) as advance:
-        dataset, faults = read_images(
-            listing,
-            spec,
-            min_side_pixels=experiment.data.min_side_pixels,
-            workers=len(os.sched_getaffinity(0)),
-            advance=advance,
-        )
-    display.say(f"{source}: {len(dataset)} images read" + (f", {len(faults)} left out:" if faults else ""))
-    display.faults(faults)
-    return dataset, spec
-
-
-def _new_run(parent: Path, experiment: Experiment) -> Path:
-    """Makes `<parent>/<next number>/` and writes the settings there; earlier runs are never touched."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        taken = [int(entry.name) for entry in parent.iterdir() if entry.name.isdecimal()]
-        folder = parent / str(max(taken, default=0) + 1)
-        folder.mkdir()
-        settings = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
-        (folder / "experiment.yaml").write_text(settings, encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"{parent} cannot be written: {error.strerror}; choose another --runs") from error
-    return folder
-
-
-def build_trainer(experiment: Experiment, dataset: Dataset, split: Split, normalise: Normaliser) -> Trainer:
-    """The model with weights drawn from the seed, and the trainer around it."""
+def build_stepper(
+    experiment: Experiment, entry: Architecture, data: Prepared, group: Group
+) -> tuple[Stepper, LoadReport | None]:
+    """The model, with weights drawn from the seed or loaded, and what updates it."""
     torch.manual_seed(derive(experiment.loop.seed, Purpose.WEIGHTS))
-    channels = dataset.images.shape[-1]
-    model = create(experiment.model.name, len(dataset.classes), channels, **experiment.model.options)
-    train, validation = (Examples(dataset.images, dataset.labels, part) for part in (split.train, split.validation))
-    return Trainer(model, train, validation, normalise, experiment)
+    classes, spec, where = data.dataset.classes, data.spec, device()
+    model = create(experiment.model.name, len(classes), spec.channels, **experiment.model.options)
+    model.check_input(spec.height, spec.width)
+    report = start_from(model, entry, experiment.transfer)
+    labels = data.dataset.labels[data.split.train]
+    stepper = Stepper(
+        model,
+        experiment,
+        data.normalise.on(where),
+        class_weights=class_weights(labels, len(classes)) if experiment.loop.balance == "weights" else None,
+        device=where,
+        group=group,
+    )
+    return stepper, report
 
 
-def _examine(
-    experiment: Experiment, dataset: Dataset, split: Split, spec: InputSpec, normalise: Normaliser, trainer: Trainer
-) -> tuple[Trained, Evaluation]:
-    model, images, labels = trainer.averaged.eval(), dataset.images, dataset.labels
-    tuning = split.validation if len(split.validation) else split.test
-    holdout = split.test if len(split.test) else split.validation
-    tuned = evaluate(model, images[tuning], labels[tuning], normalise)
-    evaluation = evaluate(model, images[holdout], labels[holdout], normalise)
+def build_trainer(
+    experiment: Experiment, data: Prepared, stepper: Stepper, phases: Sequence[Phase], folder: Path, group: Group
+) -> Trainer:
+    """The loop around a stepper, with the precision chosen."""
+    loop, train = experiment.loop, data.examples("train")
+    weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
+    source = MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
+    stepper.precision = group.from_main(lambda: _precision(experiment, stepper, source))
+    return Trainer(
+        stepper,
+        source,
+        data.examples("validation"),
+        data.normalise.on(stepper.device),
+        experiment,
+        phases=phases,
+        peak=peak_rate(experiment),
+        folder=folder,
+        identity={"data": data.dataset.digest(), "precision": stepper.precision, "processes": group.world},
+        group=group,
+    )
+
+
+def examine(
+    experiment: Experiment, data: Prepared, trainer: Trainer, weights: Weights, group: Group
+) -> tuple[Evaluation, Trained]:
+    """Evaluates on held-out images, calibrates on the validation part, and gathers what export needs."""
+    model, normalise, dataset = trainer.evaluated.eval(), data.normalise.on(device()), data.dataset
+    validation, test = data.examples("validation"), data.examples("test")
+    holdout = test if len(test) else validation
+    tuned = evaluate(model, validation if len(validation) else test, normalise, group=group)
+    evaluation = evaluate(model, holdout, normalise, group=group)
+    calibration = np.random.default_rng(0).permutation(data.split.train)[:_CALIBRATION_IMAGES]
     trained = Trained(
         model=model,
         name=experiment.name,
         architecture=experiment.model.name,
         classes=dataset.classes,
-        input=spec,
+        input=data.spec,
         mean=normalise.mean,
         std=normalise.std,
         temperature=fit_temperature(tuned.logits, tuned.labels),
         metrics=_metrics(evaluation),
-        data=_provenance(experiment, dataset, split),
-        recipe=experiment.model_dump(mode="json"),
-        weights=Weights(),
-        canary=[dataset.listing.file(i) for i in _one_per_class(labels, holdout)],
-        calibration=images[np.random.default_rng(0).permutation(split.train)[:_CALIBRATION_IMAGES]],
-        holdout=images[holdout],
-        holdout_labels=labels[holdout],
+        data=data.provenance(experiment.data.split_seed),
+        recipe={**experiment.model_dump(mode="json"), "precision": trainer.precision},
+        weights=weights,
+        canary=[dataset.listing.file(row) for row in _one_per_class(holdout)],
+        calibration=dataset.images[calibration],
+        holdout=dataset.images[holdout.indices],
+        holdout_labels=holdout.part_labels,
         history=trainer.progress.history,
-        holdout_paths=[dataset.listing.file(i) for i in holdout],
+        holdout_paths=[dataset.listing.file(row) for row in holdout.indices],
     )
-    return trained, evaluation
+    return evaluation, trained
+
+
+def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, display: Display, group: Group) -> None:
+    done = trainer.progress.epoch
+    journal = Journal(folder, tensorboard=experiment.loop.tensorboard, first_epoch=done) if group.main else None
+    try:
+        with held_back() as interruption, display.training(images, trainer.epochs, done, journal) as view:
+            trainer.fit(view, lambda: interruption.requested)
+    except StoppedError:
+        raise InterruptedRunError(interruption.signal, folder) from None
+    finally:
+        if journal:
+            journal.close()
+
+
+def _precision(experiment: Experiment, stepper: Stepper, source: MemorySource) -> Precision:
+    """What was asked for; `auto` measures, unless the run has to be repeatable."""
+    wanted = experiment.loop.precision
+    if wanted != "auto":
+        return wanted
+    if experiment.loop.deterministic:
+        return "float32"
+    batch = next(iter(source.batches(0, 0)))
+    return fastest(lambda precision: stepper.probe(batch, precision), stepper.device)
+
+
+def _introduce(display: Display, experiment: Experiment, data: Prepared) -> None:
+    read, left_out, split, spec = len(data.dataset), len(data.faults), data.split, data.spec
+    display.say(f"{data.dataset.listing.root}: {read} images" + (f", {left_out} left out:" if left_out else ""))
+    display.faults(data.faults)
+    display.say(
+        f"{len(data.dataset.classes)} classes; {len(split.train)} images to train, {len(split.validation)} to "
+        f"validate, {len(split.test)} to test; {experiment.model.name} on {spec.width}x{spec.height}x{spec.channels}"
+    )
 
 
 def _metrics(evaluation: Evaluation) -> Mapping[str, float]:
@@ -200,17 +221,8 @@ def _metrics(evaluation: Evaluation) -> Mapping[str, float]:
     }
 
 
-def _provenance(experiment: Experiment, dataset: Dataset, split: Split) -> Mapping[str, Any]:
-    counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
-    return {
-        "sha256": dataset.digest(),
-        "images": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
-        "per_class": {name: int(count) for name, count in zip(dataset.classes, counts, strict=True)},
-        "split_seed": experiment.data.split_seed,
-    }
-
-
-def _one_per_class(labels: NDArray[np.int64], indices: NDArray[np.int64]) -> Sequence[int]:
-    _, first = np.unique(labels[indices], return_index=True)
+def _one_per_class(examples: Examples) -> list[int]:
+    """Rows of a few images of different classes."""
+    _, first = np.unique(examples.part_labels, return_index=True)
     chosen = np.linspace(0, len(first) - 1, min(_CANARY_IMAGES, len(first))).round().astype(int)
-    return [int(indices[first[k]]) for k in chosen]
+    return [int(examples.indices[first[k]]) for k in chosen]

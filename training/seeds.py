@@ -19,6 +19,8 @@ class Purpose(enum.IntEnum):
     ORDER = 1
     AUGMENT = 2
     DROPOUT = 3
+    MIX = 4
+    SHARDS = 5
 
 
 def derive(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -1,0 +1,116 @@
+"""One process or many: `torchrun` starts the processes, this joins them, and the loop asks only `Group`.
+
+    torchrun --nproc-per-node 2 -m service.cli train DATA ...
+
+A global batch is split over the processes, and each scales its loss by the size of the global batch, so that the
+averaged gradient is that of one process with the whole batch. BatchNorm statistics are per process, as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(minutes=30)  # one process reads and decodes the images while the others wait
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together. `rank`: this one's number, from 0. `world`: how many there are."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True if the flag is up in any process; all processes have to ask."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor([int(flag)])
+        distributed.all_reduce(votes, distributed.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the processes, element by element."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(total)
+        return [float(value) for value in total]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Calls `make` in the main process only; its value, which has to be picklable, in every process."""
+        if self.world == 1:
+            return make()
+        box: list[Any] = [make() if self.main else None]
+        distributed.broadcast_object_list(box)
+        shared: T = box[0]
+        return shared
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def part(self, count: int) -> slice:
+        """This process's contiguous part of `count` rows; the parts differ by at most one row."""
+        bounds = [count * rank // self.world for rank in range(self.world + 1)]
+        return slice(bounds[self.rank], bounds[self.rank + 1])
+
+    def gather(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Joins the rows [n, K] of all processes in the order of `part`."""
+        if self.world == 1:
+            return rows
+        boxes: list[Any] = [None] * self.world
+        distributed.all_gather_object(boxes, rows)
+        return np.concatenate([box for box in boxes if len(box)])
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over the processes; frozen parameters stay out of it."""
+        return DistributedDataParallel(model) if self.world > 1 else model
+
+
+@contextmanager
+def joined() -> Iterator[Group]:
+    """Joins the processes that `torchrun` has started; alone, that is a group of one.
+
+    With GPUs the collectives of the loop's few numbers still run on the CPU (gloo), those of gradients on nccl.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Group()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(backend, timeout=_TIMEOUT)
+    try:
+        yield Group(distributed.get_rank(), world)
+    finally:
+        distributed.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether `torchrun` has started these processes again after one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def device() -> torch.device:
+    """The GPU that belongs to this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,73 @@
+"""The folder of a run: `<runs>/<name>/<number>/` with settings, split, checkpoints and logs.
+
+None is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from service.errors import ConfigurationError
+from training.config import Experiment, load_experiment
+
+SETTINGS = "experiment.yaml"
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Makes the folder if need be, and tries to write to it.
+
+    Raises:
+        ConfigurationError: that does not work.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+    except OSError as error:
+        raise ConfigurationError(f"{what} {folder} cannot be written: {error.strerror}; choose another") from error
+
+
+def new_run(parent: Path, experiment: Experiment) -> Path:
+    """Makes `<parent>/<next number>/` and writes the settings into it."""
+    check_writable(parent, "the folder of runs")
+    folder = parent / str(max(_numbers(parent), default=0) + 1)
+    folder.mkdir()
+    settings = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    (folder / SETTINGS).write_text(settings, encoding="utf-8")
+    return folder
+
+
+def latest_run(parent: Path) -> Path:
+    """The newest run, to go on with.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    numbers = _numbers(parent) if parent.is_dir() else []
+    if not numbers:
+        raise ConfigurationError(f"{parent} holds no run to resume; start one without --resume")
+    return parent / str(max(numbers))
+
+
+def settings_of(folder: Path, overrides: Mapping[str, Any]) -> Experiment:
+    """The settings that a run was started with.
+
+    Raises:
+        ConfigurationError: they cannot be read, or an override (dotted keys) contradicts them.
+    """
+    stored = load_experiment(folder / SETTINGS, {})
+    changed = [key for key, value in overrides.items() if load_experiment(folder / SETTINGS, {key: value}) != stored]
+    if changed:
+        raise ConfigurationError(
+            f"{folder} was started with another {', '.join(changed)}, and a resumed run has to end as if it had not "
+            "been interrupted; leave these flags out, or start a new run without --resume"
+        )
+    return stored
+
+
+def _numbers(parent: Path) -> list[int]:
+    return [int(entry.name) for entry in parent.iterdir() if entry.name.isdecimal()]

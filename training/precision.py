@@ -1,0 +1,60 @@
+"""In which number format the network computes; weights and optimiser stay float32."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_WORTH_IT = 1.2  # below this gain float32's accuracy is the better bargain
+_TRIALS = 3
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """What the forward pass runs under."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, _DTYPES[precision])
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself (AVX512-BF16, AMX, or a GPU from Ampere on)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def fastest(run: Callable[[Precision], None], device: torch.device) -> Precision:
+    """bfloat16 where the hardware has it and a training step is faster by a fifth at least, else float32.
+
+    Args:
+        run: one forward and backward pass in the given precision, without changing any weight.
+        device: where it runs.
+    """
+    if not has_bfloat16(device):
+        return "float32"
+    gain = _seconds(run, "float32", device) / _seconds(run, "bfloat16", device)
+    return "bfloat16" if gain >= _WORTH_IT else "float32"
+
+
+def _seconds(run: Callable[[Precision], None], precision: Precision, device: torch.device) -> float:
+    run(precision)  # the first pass allocates and chooses kernels
+    best = float("inf")
+    for _ in range(_TRIALS):
+        started = time.perf_counter()
+        run(precision)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
