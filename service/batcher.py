@@ -51,6 +51,12 @@ class Job(Generic[P, R]):
         """The caller went away, or the job already failed."""
         return self.future.done()
 
+    def rejoined(self, join: Callable[[Sequence[R]], R]) -> R:
+        """The results of a finished job in the order of its images, whatever order its parts ran in."""
+        if len(self.results) == 1:
+            return self.results[0][1]
+        return join([result for _, result in sorted(self.results, key=lambda part: part[0])])
+
 
 class Observer(Protocol):
     """What a batcher reports. Called on owner threads and on the loop; has to be quick and thread-safe."""
@@ -97,6 +103,9 @@ class Sizes(Protocol):
     def observe(self, images: int, seconds: float) -> None:
         """A batch ran."""
 
+    def doubt(self, images: int) -> None:
+        """The forecast for so many left nothing to run."""
+
 
 class OneByOne:
     """Batches of one, of unknown length: for work that gains nothing from company."""
@@ -115,6 +124,9 @@ class OneByOne:
 
     def observe(self, images: int, seconds: float) -> None:
         """Nothing is learned."""
+
+    def doubt(self, images: int) -> None:
+        """Nothing was forecast."""
 
 
 class Batcher(Generic[P, R]):
@@ -179,8 +191,8 @@ class Batcher(Generic[P, R]):
         """Queues a job. Cancelling the future takes the job out before it runs.
 
         Returns:
-            A future with the finished job. It fails with ExpiredError (never ran, or not wholly), OverloadedError (shed), DrainingError
-            (closed) or whatever `run` raised.
+            A future with the finished job. It fails with ExpiredError (never ran, or not wholly), OverloadedError
+            (shed), DrainingError (closed) or whatever `run` raised.
         """
         if self._loop is None:
             raise RuntimeError("start() the batcher before submitting to it")
@@ -225,6 +237,8 @@ class Batcher(Generic[P, R]):
             images = self._sizes.best_batch(max(1, self._queue.images))
             now = self._clock()
             taken = self._queue.take(images, now + self._sizes.cautious_s(images), self._shedder(now))
+            if not taken.parts and any(job.deadline >= now for job in taken.expired):
+                self._sizes.doubt(images)
             self._running += taken.images
             if len(self._queue):
                 self._wake.notify()  # a notify that reached a busy thread must not be lost
@@ -245,13 +259,15 @@ class Batcher(Generic[P, R]):
                 error = EngineError(f"{len(results)} results for {len(taken.parts)} parts")
         except ConvoyError as raised:
             error = raised
-        except Exception as raised:  # noqa: BLE001  # the thread owns the executor and must outlive any batch
+        except BaseException as raised:  # noqa: BLE001  # a panic in a Rust library is no Exception, and the thread
+            # owns the executor: it must outlive any batch
             error = EngineError(f"{type(raised).__name__}: {raised}")
             error.__cause__ = raised
         ended = self._clock()
         with self._wake:
             self._running -= images
-            self._sizes.observe(images, ended - began)
+            if error is None:  # how soon a batch failed says nothing of how long it takes
+                self._sizes.observe(images, ended - began)
         self._observer.batch(images, ended - began)
         self._call(self._deliver, taken, results, error, began, ended)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.artifact import ModelVersion
 from service.engine import Engine
 from service.errors import ArtifactError
-from service.preprocess import preprocess
+from service.preprocess import Pixels, preprocess
 
 
 def check(version: ModelVersion, engine: Engine) -> float:
-    """Classifies the version's canary images from their encoded bytes and compares the probabilities.
+    """Runs the canary on an engine that nobody else uses yet.
 
     It covers the whole path: the files, the decoder, the resize rule, the provider and its precision.
 
@@ -21,14 +22,32 @@ def check(version: ModelVersion, engine: Engine) -> float:
     Raises:
         ArtifactError: it is above the version's tolerance, or not finite.
     """
-    manifest = version.manifest
-    images = np.stack([preprocess(data, manifest.input) for data in version.canary_images()])
+    images = pixels(version)
     step = engine.buckets[-1]
-    found = np.concatenate([engine.infer([images[i : i + step]]).probabilities for i in range(0, len(images), step)])
-    worst = float(np.max(np.abs(found - np.asarray(manifest.canary.probabilities, np.float32))))
-    if not worst <= manifest.canary.tolerance:  # catches NaN, too
+    found = [engine.infer([images[i : i + step]]).probabilities for i in range(0, len(images), step)]
+    return compare(version, np.concatenate(found), engine)
+
+
+def pixels(version: ModelVersion) -> Pixels:
+    """The canary's images as the model sees them: uint8[M, H, W, C]."""
+    return np.stack([preprocess(data, version.manifest.input) for data in version.canary_images()])
+
+
+def compare(version: ModelVersion, probabilities: NDArray[np.float32], engine: Engine) -> float:
+    """Holds probabilities, float32[M, K], that an engine gave against those of the manifest.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        ArtifactError: it is above what the version allows the engine's variant, or not finite.
+    """
+    allowed = version.manifest.tolerance(engine.variant)
+    worst = float(np.max(np.abs(probabilities - np.asarray(version.manifest.canary.probabilities, np.float32))))
+    if not worst <= allowed:  # catches NaN, too
         raise ArtifactError(
-            f"{version.path}: the canary's probabilities are off by {worst:.4g} on {engine.provider}, allowed are "
-            f"{manifest.canary.tolerance:g}; the model file, the provider or the preprocessing is not what it was"
+            f"{version.path}: the canary's probabilities are off by {worst:.4g} with {engine.variant} on "
+            f"{engine.provider}, allowed are {allowed:g}; the model file, the provider or the preprocessing is not "
+            "what it was"
         )
     return worst

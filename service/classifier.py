@@ -17,19 +17,27 @@ from service.engine import Outputs
 from service.errors import ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
 from service.metrics import Metrics
 from service.preprocess import Limits
-from service.repository import ServedModel
+from service.serving import ServedModel, join_outputs
+from service.shadow import Shadow
 
 # A request is worked on in chunks of so many images: while one is inferred, the next is decoded.
 CHUNK_IMAGES = 16
 
+# Behind all traffic, whatever its priority.
+_SHADOW_PRIORITY = 1000
+
 
 @dataclass(frozen=True)
 class Query:
-    """What to return. `top_k` at least 1; `min_score` 0 to 1."""
+    """What to return, and how urgent it is.
+
+    `top_k` at least 1; `min_score` 0 to 1; `priority`: smaller goes first.
+    """
 
     top_k: int = 5
     min_score: float = 0.0
     logits: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +84,16 @@ class Classifier:
         self._limits = limits
         self._max_images = max_images
         self._metrics = metrics
+        self._shadow = Shadow(metrics)
 
-    async def classify(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
+    async def classify(
+        self,
+        model: ServedModel,
+        images: Sequence[bytes],
+        query: Query,
+        deadline: float,
+        shadow: ServedModel | None = None,
+    ) -> Result:
         """Classifies encoded images.
 
         Args:
@@ -85,6 +101,7 @@ class Classifier:
             images: at least one encoded image.
             query: what to return.
             deadline: monotonic seconds by which the answer is wanted.
+            shadow: a version that works on a copy afterwards; it never affects the answer.
 
         Raises:
             InvalidRequestError: no image, or too many.
@@ -93,16 +110,31 @@ class Classifier:
             EngineError: the runtime failed.
         """
         self._check(images, query)
-        with self._admission.admit(model.name, len(images), sum(map(len, images)), deadline):
+        began = time.monotonic()
+        with model.in_use(), self._admission.admit(model.name, len(images), sum(map(len, images)), deadline):
             try:
                 async with asyncio.timeout_at(_on_loop_clock(deadline)):
-                    chunks = [self._chunk(model, chunk, query, deadline) for chunk in _chunks(images)]
-                    results = [await chunks[0]] if len(chunks) == 1 else await _all(chunks)
+                    result = await self._work(model, images, query, deadline)
             except TimeoutError:
                 raise ExpiredError("the deadline passed before the answer was ready") from None
-        result = _joined(results)
-        self._record(model.name, result)
+        self._record(model, result, time.monotonic() - began)
+        if shadow is not None:
+            again = self._shadowed(shadow, images, deadline + (time.monotonic() - began))
+            self._shadow.copy(shadow.name, shadow.number, _best(result), again)
         return result
+
+    async def close(self) -> None:
+        """Ends the shadows' copies."""
+        await self._shadow.close()
+
+    async def _work(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
+        chunks = [self._chunk(model, chunk, query, deadline) for chunk in _chunks(images)]
+        return await chunks[0] if len(chunks) == 1 else _joined(await _all(chunks))
+
+    async def _shadowed(self, shadow: ServedModel, images: Sequence[bytes], deadline: float) -> Sequence[int | None]:
+        """The same images once more, after everything else."""
+        with shadow.in_use():
+            return _best(await self._work(shadow, images, Query(top_k=1, priority=_SHADOW_PRIORITY), deadline))
 
     def _check(self, images: Sequence[bytes], query: Query) -> None:
         if not images:
@@ -117,21 +149,22 @@ class Classifier:
     async def _chunk(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
         spec = model.version.manifest.input
         work = Encoded(images, spec, self._limits, np.empty((len(images), *spec.shape), np.uint8))
-        decoded = await self._decoder.submit(work, len(images), deadline, flow=model.name)
+        decoded = await self._decoder.submit(work, len(images), deadline, flow=model.name, priority=query.priority)
         faults = {position: fault for _, part in decoded.results for position, fault in part.items()}
         good = [position for position in range(len(images)) if position not in faults]
         timing = Timing(decoded.queue_s, decoded.run_s, 0.0)
         outcomes: list[Answer | InvalidImageError | None] = [faults.get(position) for position in range(len(images))]
         if good:
             pixels = work.pixels if not faults else work.pixels[good]
-            inferred = await model.batcher.submit(pixels, len(good), deadline)
+            inferred = await model.batcher.submit(pixels, len(good), deadline, priority=query.priority)
             timing = Timing(decoded.queue_s + inferred.queue_s, decoded.run_s, inferred.run_s)
-            for position, answer in zip(good, answers(_rejoined(inferred.results), query), strict=True):
+            for position, answer in zip(good, answers(inferred.rejoined(join_outputs), query), strict=True):
                 outcomes[position] = answer
         return Result([outcome for outcome in outcomes if outcome is not None], timing)
 
-    def _record(self, model: str, result: Result) -> None:
-        stage = self._metrics.stage_seconds
+    def _record(self, served: ServedModel, result: Result, seconds: float) -> None:
+        model, stage = served.name, self._metrics.stage_seconds
+        self._metrics.version_seconds.labels(model, str(served.number), "answer").observe(seconds)
         stage.labels(model, "queue").observe(result.timing.queue_s)
         stage.labels(model, "decode").observe(result.timing.decode_s)
         stage.labels(model, "infer").observe(result.timing.inference_s)
@@ -168,6 +201,14 @@ def answers(outputs: Outputs, query: Query) -> Iterator[Answer | InvalidImageErr
         )
 
 
+def _best(result: Result) -> list[int | None]:
+    """Index of the best class of each image; None where there is none."""
+    return [
+        outcome.classes[0][0] if isinstance(outcome, Answer) and outcome.classes else None
+        for outcome in result.outcomes
+    ]
+
+
 def _chunks(images: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
     for start in range(0, len(images), CHUNK_IMAGES):
         yield images[start : start + CHUNK_IMAGES]
@@ -181,16 +222,6 @@ async def _all(chunks: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _rejoined(results: list[tuple[int, Outputs]]) -> Outputs:
-    """The parts of a job in the order of its images, whatever order they ran in."""
-    if len(results) == 1:
-        return results[0][1]
-    parts = [outputs for _, outputs in sorted(results, key=lambda item: item[0])]
-    return Outputs(
-        np.concatenate([part.logits for part in parts]), np.concatenate([part.probabilities for part in parts])
-    )
 
 
 def _joined(results: Sequence[Result]) -> Result:

@@ -6,7 +6,8 @@ The only importer of onnxruntime. Everything above knows the port `Engine`, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -36,8 +37,16 @@ class Engine(Protocol):
         """The execution provider that really runs the model."""
 
     @property
+    def variant(self) -> str:
+        """File name of the variant that runs."""
+
+    @property
     def buckets(self) -> Sequence[int]:
         """Batch sizes that are warmed up, ascending; the last is the largest allowed."""
+
+    @property
+    def measured_s(self) -> Mapping[int, float]:
+        """Seconds of each bucket, as measured by the warm-up."""
 
     def infer(self, chunks: Sequence[NDArray[np.uint8]]) -> Outputs:
         """Runs one batch made of chunks of uint8[n, H, W, C], in order."""
@@ -66,6 +75,8 @@ class OrtEngine:
         self, version: ModelVersion, plan: providers.Plan, max_batch_size: int, variant: str = artifact.MODEL
     ) -> None:
         self._version = version
+        self.variant = variant
+        self.measured_s: dict[int, float] = {}
         self.buckets = batch_buckets(max_batch_size)
         self._session = _session(version.file(variant), plan)
         artifact.check_signature(
@@ -99,9 +110,12 @@ class OrtEngine:
         del self._session
 
     def warm_up(self) -> None:
-        """Runs every bucket once, so that no request pays for a first time."""
+        """Runs every bucket, so that no request pays for a first time, and measures it."""
         for bucket in self.buckets:
             self.infer([self._buffer[:bucket]])
+            began = time.monotonic()
+            self.infer([self._buffer[:bucket]])
+            self.measured_s[bucket] = time.monotonic() - began
 
 
 def batch_buckets(max_batch_size: int) -> tuple[int, ...]:

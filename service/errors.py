@@ -68,7 +68,10 @@ class UnavailableError(ConvoyError):
 
     Attributes:
         retry_after_ms: when trying again makes sense; None if unknown.
+        reason: in one word, for metrics.
     """
+
+    reason = "unavailable"
 
     def __init__(self, message: str, retry_after_ms: int | None = None) -> None:
         super().__init__(message)
@@ -76,19 +79,23 @@ class UnavailableError(ConvoyError):
 
 
 class OverloadedError(UnavailableError):
-    """Refused on arrival because a bound is reached. `limit` names the bound, for metrics."""
+    """Refused because a bound is reached; `reason` names it."""
 
-    def __init__(self, message: str, limit: str, retry_after_ms: int | None = None) -> None:
+    def __init__(self, message: str, reason: str, retry_after_ms: int | None = None) -> None:
         super().__init__(message, retry_after_ms)
-        self.limit = limit
+        self.reason = reason
 
 
 class DrainingError(UnavailableError):
     """The server is shutting down."""
 
+    reason = "draining"
+
 
 class ModelNotReadyError(UnavailableError):
     """The model is known but cannot answer now."""
+
+    reason = "not_ready"
 
 
 class ExpiredError(ConvoyError):

@@ -46,7 +46,7 @@ class HttpServer:
                 "choose another with --http-port or --host"
             ) from None
         self.port: int = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="http", daemon=True)
 
     def start(self) -> None:
         """Begins to answer."""

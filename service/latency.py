@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 _GAIN = 0.125
 _DEVIATION_GAIN = 0.25
 _CAUTION = 2.0
+# An observation counts as at most so many times what was expected: a pause of the machine is no property of a batch
+# size, and a real change is believed after a few batches all the same.
+_OUTLIER = 4.0
 
 
 class LatencyTable:
@@ -48,8 +51,22 @@ class LatencyTable:
         if mean is None:
             self._mean[bucket], self._deviation[bucket] = seconds, 0.0
             return
+        seconds = min(seconds, _OUTLIER * mean) if mean > 0 else seconds
         self._deviation[bucket] += _DEVIATION_GAIN * (abs(seconds - mean) - self._deviation[bucket])
         self._mean[bucket] = mean + _GAIN * (seconds - mean)
+
+    def doubt(self, images: int) -> None:
+        """Trusts what is known of a batch of so many images a little less: it kept everything from running.
+
+        A forecast that stops all work is never corrected by an observation. Doubted often enough, it lets one through.
+        """
+        if not self._mean:
+            return
+        bucket = self.bucket(images)
+        if bucket not in self._mean:  # judged by another bucket: from now on by itself
+            self._mean[bucket], self._deviation[bucket] = self.mean_s(images), 0.0
+        self._mean[bucket] *= 1 - _GAIN
+        self._deviation[bucket] *= 1 - _GAIN
 
     def mean_s(self, images: int) -> float:
         """Expected seconds of a batch; an unseen bucket is judged by the next seen one, for each image alike."""

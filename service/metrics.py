@@ -6,11 +6,14 @@ go-grpc-prometheus, so that existing dashboards work.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# What a refused request met: the bounds, the forecast, CoDel, the end of the server, a model still loading.
+SHED = ("images", "bytes", "deadline", "codel", "draining", "not_ready")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 _GRPC = ("grpc_type", "grpc_service", "grpc_method")
@@ -109,10 +112,47 @@ class Metrics:
         self.canary_ok = Gauge(
             "convoy_canary_ok", "1 if the last canary passed.", ("model", "version"), registry=registry
         )
+        self.shadow_images = Counter(
+            "convoy_shadow_images",
+            "Images also classified by a shadow version: agree, disagree, failed, skipped.",
+            ("model", "version", "outcome"),
+            registry=registry,
+        )
+        self.version_seconds = Histogram(
+            "convoy_version_duration_seconds",
+            "Time of a request by the version that worked on it, as the answering one or as shadow.",
+            ("model", "version", "role"),
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.loop_lag_seconds = Gauge(
             "convoy_event_loop_lag_seconds", "Latest delay of the event loop.", registry=registry
         )
         self.ready = Gauge("convoy_ready", "1 while the server takes traffic.", registry=registry)
+
+    def model_known(self, model: str, queued: Callable[[], float]) -> None:
+        """A model is in the repository: its series begin, at zero."""
+        self.model_load_failures.labels(model=model)
+        self.watch(self.queue_images.labels(model=model), queued)
+
+    def model_loaded(
+        self, model: str, version: int, *, digest: str, provider: str, load_s: float, canary_difference: float
+    ) -> None:
+        """A version is in service."""
+        labels = (model, str(version))
+        self.model_info.labels(*labels, digest, provider).set(1)
+        self.model_load_seconds.labels(*labels).set(load_s)
+        self.canary_difference.labels(*labels).set(canary_difference)
+        self.canary_ok.labels(*labels).set(1)
+
+    def model_gone(self, model: str, version: int, *, digest: str, provider: str) -> None:
+        """A version is out of service: its series end, so that no alert looks at it."""
+        labels = (model, str(version))
+        with contextlib.suppress(KeyError):
+            self.model_info.remove(*labels, digest, provider)
+        for gauge in (self.model_load_seconds, self.canary_difference, self.canary_ok):
+            with contextlib.suppress(KeyError):
+                gauge.remove(*labels)
 
     def stage(self, name: str) -> StageObserver:
         """An observer for the batcher of a stage that belongs to no model (decode)."""

@@ -1,180 +1,397 @@
-"""The models that are served: found on disk, verified, loaded, warmed up and checked before they take traffic."""
+"""The models that are served: which versions, which of them answers, and how they come and go.
+
+A new version is loaded, verified, warmed up and checked beside the old one, then takes traffic from one request to the
+next; the old one answers what it has begun and gives its memory back. A version that fails to load changes nothing.
+
+Routes and versions change on the event loop only, so a request sees either the old state or the new one.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import asyncio
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from service import artifact, canary
-from service.artifact import ModelVersion
-from service.batcher import Batcher, Job
-from service.engine import Engine, Outputs
-from service.errors import ConfigurationError, ModelNotReadyError, NotFoundError
-from service.latency import LatencyTable
+from service import logs
+from service.errors import (
+    ArtifactError,
+    ConfigurationError,
+    ConvoyError,
+    InvalidRequestError,
+    ModelNotReadyError,
+    NotFoundError,
+)
 from service.metrics import Metrics
-from service.preprocess import Pixels
-from service.schedule import Part
+from service.resources import trim_memory
+from service.serving import ServedModel
+from service.sources import Fingerprint, Source, wanted_versions
 
-ModelBatcher = Batcher[Pixels, Outputs]
+_log = logs.get("repository")
 
-# Builds, and warms up, the engine of a version.
-EngineFactory = Callable[[ModelVersion], Engine]
+# Loads a version from its directory; gives its canary's largest difference, too. Blocking.
+Loader = Callable[[Path], tuple[ServedModel, float]]
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """One version, ready to answer.
+class Routing:
+    """Who answers a model's requests.
 
-    `canary_difference`: what its canary measured at load. `load_seconds`: from reading the manifest to ready.
+    `versions`: policy, see `wanted_versions`. `traffic`: weight of each version for requests that name none; empty
+    gives all to the latest. `shadow`: a version that gets a copy of every request and never answers.
     """
 
-    version: ModelVersion
-    engine: Engine
-    batcher: ModelBatcher
-    canary_difference: float
-    load_seconds: float
+    versions: str = "latest"
+    traffic: Mapping[int, float] = field(default_factory=dict)
+    shadow: int | None = None
 
-    @property
-    def name(self) -> str:
-        """Name of the model."""
-        return self.version.manifest.name
+    def needed(self, present: list[int]) -> list[int]:
+        """Versions that have to be loaded, of those that are present."""
+        named = {number for number in (*self.traffic, self.shadow) if number in present}
+        return sorted({*wanted_versions(self.versions, present), *named})
 
-    @property
-    def number(self) -> int:
-        """Number of the version."""
-        return self.version.manifest.version
+
+@dataclass
+class _Model:
+    routing: Routing
+    served: dict[int, ServedModel] = field(default_factory=dict)
+    seen: dict[int, Fingerprint] = field(default_factory=dict)  # of each version at its last load, good or bad
+    failed: dict[int, str] = field(default_factory=dict)
+    unloaded: bool = False
 
 
 class Repository:
     """Models by name and version.
 
     Args:
-        root: directory of models.
-        build: makes engines.
-        metrics: receives load times, canaries and batches.
+        source: where versions come from.
+        load: makes a served model of a directory.
+        metrics: receives load times, failures, canaries.
+        names: the models to serve; empty means all.
+        routings: of models that do not follow the default.
+        release_timeout_s: how long a replaced version may take to finish what it has begun.
     """
 
-    def __init__(self, root: Path, build: EngineFactory, metrics: Metrics) -> None:
-        self._root = root
-        self._build = build
+    def __init__(
+        self,
+        source: Source,
+        load: Loader,
+        metrics: Metrics,
+        *,
+        names: tuple[str, ...] = (),
+        routings: Mapping[str, Routing] | None = None,
+        release_timeout_s: float = 60.0,
+    ) -> None:
+        self._source = source
+        self._load = load
         self._metrics = metrics
-        self._served: dict[str, dict[int, ServedModel]] = {}
+        self._names = names
+        self._routings = dict(routings or {})
+        self._release_timeout_s = release_timeout_s
+        self._models: dict[str, _Model] = {}
+        self._changing = asyncio.Lock()  # one load at a time: two would fight for the CPU with the traffic
+        self._releases: set[asyncio.Task[None]] = set()
         self._complete = False
 
-    def find(self, names: Sequence[str] = ()) -> list[Path]:
-        """Directories of the versions to serve: the latest of each model.
-
-        Args:
-            names: the models to serve; empty means all.
-
-        Raises:
-            ConfigurationError: no such directory, no model in it, or a named one is missing.
-        """
-        if not self._root.is_dir():
-            raise ConfigurationError(
-                f"the repository {self._root} does not exist; train a model into it with "
-                f"`convoy train DATA --repository {self._root} --name NAME`, or name another with --repository"
-            )
-        found = {path.name: artifact.versions(path) for path in sorted(self._root.iterdir()) if path.is_dir()}
-        models = {name: numbers for name, numbers in found.items() if numbers}
-        if missing := sorted(set(names) - set(models)):
-            raise ConfigurationError(
-                f"the repository {self._root} has no model {', '.join(missing)}; it has {', '.join(models) or 'none'}"
-            )
-        if not models:
-            raise ConfigurationError(
-                f"the repository {self._root} holds no model version; expected {self._root}/<model>/<number>/"
-                f"{artifact.MANIFEST}. Train one with `convoy train DATA --repository {self._root} --name NAME`"
-            )
-        return [self._root / name / str(models[name][-1]) for name in models if not names or name in names]
-
-    def load(self, path: Path) -> ServedModel:
-        """Verifies, builds, warms up and checks one version. Blocking: call it off the event loop.
-
-        Raises:
-            ArtifactError, ProviderError, EngineError: it cannot be served.
-        """
-        began = time.monotonic()
-        try:
-            version = artifact.load(path)
-            engine = self._build(version)
-            difference = canary.check(version, engine)
-        except Exception:
-            self._metrics.model_load_failures.labels(model=path.parent.name).inc()
-            raise
-        name = version.manifest.name
-        batcher: ModelBatcher = Batcher(
-            [lambda parts: _infer(engine, parts)],
-            sizes=LatencyTable(engine.buckets),
-            name=f"infer-{name}",
-            observer=self._metrics.model(name),
-        )
-        return ServedModel(version, engine, batcher, difference, time.monotonic() - began)
-
-    def add(self, model: ServedModel) -> None:
-        """Lets a loaded version take traffic. On the event loop."""
-        model.batcher.start()
-        self._served.setdefault(model.name, {})[model.number] = model
-        labels = {"model": model.name, "version": str(model.number)}
-        self._metrics.model_info.labels(**labels, digest=model.version.digest[:12], provider=model.engine.provider).set(
-            1
-        )
-        self._metrics.model_load_seconds.labels(**labels).set(model.load_seconds)
-        self._metrics.canary_difference.labels(**labels).set(model.canary_difference)
-        self._metrics.canary_ok.labels(**labels).set(1)
-        self._metrics.watch(self._metrics.queue_images.labels(model=model.name), lambda: model.batcher.queued_images)
-
-    def complete(self) -> None:
-        """From now on a model that is not here does not exist, rather than being not loaded yet."""
-        self._complete = True
+    # --- which version answers
 
     def get(self, name: str, number: int | None = None) -> ServedModel:
-        """The version that answers.
+        """The version that answers a request.
 
         Args:
             name: name of the model; empty is allowed if there is exactly one.
-            number: version; None takes the latest.
+            number: version; None follows the routing.
 
         Raises:
             NotFoundError: no such model or version.
             ModelNotReadyError: models are still being loaded.
         """
-        if not name and len(self._served) == 1:
-            name = next(iter(self._served))
-        versions = self._served.get(name)
-        if versions is None:
-            if not self._complete:
-                raise ModelNotReadyError("models are still being loaded", retry_after_ms=500)
-            known = ", ".join(sorted(self._served)) or "none"
-            raise NotFoundError(f"there is no model {name!r}; served are: {known}")
+        model = self._find(name)
         if number is None:
-            return versions[max(versions)]
-        if number not in versions:
-            known = ", ".join(map(str, sorted(versions)))
+            return self._routed(model)
+        if number not in model.served:
+            known = ", ".join(map(str, sorted(model.served)))
             raise NotFoundError(f"model {name} has no version {number}; served are: {known}")
-        return versions[number]
+        return model.served[number]
+
+    def default(self, name: str) -> ServedModel:
+        """The version that gets most of the traffic: the heaviest of the split, else the latest."""
+        model = self._find(name)
+        weights = self._weights(model)
+        return model.served[max(weights, key=lambda number: (weights[number], number))]
+
+    def shadow(self, name: str, answering: ServedModel) -> ServedModel | None:
+        """The version that gets a copy of a request, if there is one beside the one that answers."""
+        model = self._models.get(name)
+        if model is None or model.routing.shadow is None:
+            return None
+        found = model.served.get(model.routing.shadow)
+        return None if found is answering else found
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Every served version, by name and number."""
-        for _, versions in sorted(self._served.items()):
-            for _, model in sorted(versions.items()):
-                yield model
+        for _, model in sorted(self._models.items()):
+            for _, served in sorted(model.served.items()):
+                yield served
+
+    def failures(self) -> Iterator[tuple[str, int, str]]:
+        """Name, number and reason of every version that could not be loaded, as of its last attempt."""
+        for name, model in sorted(self._models.items()):
+            for number, reason in sorted(model.failed.items()):
+                yield name, number, reason
+
+    def routing(self, name: str) -> Routing:
+        """How a model's requests are routed."""
+        return self._find(name).routing
+
+    # --- coming and going
+
+    async def load_all(self) -> None:
+        """Loads what is there at start.
+
+        Raises:
+            ConfigurationError: the source is empty, or a named model is missing.
+            ConvoyError: a version cannot be served.
+        """
+        present = await self._present()
+        if missing := sorted(set(self._names) - set(present)):
+            raise ConfigurationError(
+                f"the repository has no model {', '.join(missing)}; it has {', '.join(sorted(present)) or 'none'}"
+            )
+        if not present:
+            raise ConfigurationError(
+                "the repository holds no model version; expected <repository>/<model>/<number>/manifest.json. "
+                "Train one with `convoy train DATA --repository REPOSITORY --name NAME`"
+            )
+        for name, numbers in sorted(present.items()):
+            if not self._routing_for(name).needed(numbers):
+                raise ConfigurationError(
+                    f"model {name}: no version fits the policy {self._routing_for(name).versions!r}; it has {numbers}"
+                )
+            await self._settle(name, numbers, strict=True)
+        self._complete = True
+
+    async def poll(self) -> None:
+        """Looks at the source once and follows it: new and changed versions are loaded, superseded ones retired.
+
+        Failures are counted and logged once for each state of the files; they change nothing.
+        """
+        try:
+            present = await self._present()
+        except ConfigurationError as error:
+            _log.warning("repository cannot be read", error=str(error))
+            return
+        for name, numbers in sorted(present.items()):
+            known = self._models.get(name)
+            if known is None or not known.unloaded:
+                await self._settle(name, numbers, strict=False)
+
+    async def load(self, name: str, number: int | None = None) -> None:
+        """Loads a model, or loads it again from what is now on disk. The versions already served answer meanwhile.
+
+        Args:
+            name: name of the model.
+            number: one version; it is served beside the others until the model is loaded without a number.
+
+        Raises:
+            NotFoundError: the source has no such model or version.
+            ArtifactError, ProviderError, EngineError: it cannot be served; the old version serves on.
+        """
+        present = (await self._present(everything=True)).get(name, [])
+        if not present or (number is not None and number not in present):
+            raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
+        model = self._model(name)
+        model.unloaded = False
+        if number is not None:
+            async with self._changing:
+                await self._replace(name, number, force=True)
+        else:
+            await self._settle(name, present, strict=True, force=True)
+
+    async def unload(self, name: str, number: int | None = None) -> None:
+        """Takes a model, or one version of it, out of service; polling does not bring it back, `load` does.
+
+        Raises:
+            NotFoundError: it is not served.
+        """
+        async with self._changing:
+            model = self._find(name)
+            if number is not None and number not in model.served:
+                raise NotFoundError(f"model {name} has no version {number} in service")
+            numbers = list(model.served) if number is None else [number]
+            model.unloaded = model.unloaded or set(numbers) == set(model.served)
+            for each in numbers:
+                self._retire(name, each)
+                model.seen.pop(each, None)
+
+    async def route(self, name: str, routing: Routing) -> None:
+        """Changes the versions, the split and the shadow of a model; loads first what that needs.
+
+        Raises:
+            InvalidRequestError: weights that are not positive, or a version that does not exist.
+        """
+        self._find(name)
+        present = (await self._present(everything=True)).get(name, [])
+        unknown = [number for number in (*routing.traffic, routing.shadow) if number and number not in present]
+        if unknown:
+            raise InvalidRequestError(f"model {name} has no version {', '.join(map(str, unknown))}; it has {present}")
+        if any(weight <= 0 for weight in routing.traffic.values()):
+            raise InvalidRequestError("the weights of a traffic split have to be above 0; leave a version out instead")
+        before = self._models[name].routing
+        self._models[name].routing = Routing(routing.versions, before.traffic, before.shadow)
+        try:
+            for number in routing.needed(present):
+                async with self._changing:
+                    await self._replace(name, number)
+        except ConvoyError:
+            self._models[name].routing = before
+            raise
+        self._models[name].routing = routing
+        await self._settle(name, present, strict=False)
+
+    async def check_canaries(self) -> None:
+        """Runs every served version's canary once; a failure is logged and shows in the metrics."""
+        for served in list(self):
+            labels = (served.name, str(served.number))
+            try:
+                difference = await served.canary()
+            except ConvoyError as error:
+                self._metrics.canary_ok.labels(*labels).set(0)
+                _log.error("canary failed", model=served.name, version=served.number, error=str(error))
+            else:
+                self._metrics.canary_ok.labels(*labels).set(1)
+                self._metrics.canary_difference.labels(*labels).set(difference)
 
     async def close(self) -> None:
-        """Ends all batchers and releases all engines."""
-        for model in self:
-            await model.batcher.close()
-            model.engine.close()
+        """Retires everything and waits for it."""
+        for served in list(self):
+            self._retire(served.name, served.number)
+        await asyncio.gather(*self._releases)
 
+    # --- inside
 
-def _infer(engine: Engine, parts: Sequence[Part[Job[Pixels, Outputs]]]) -> list[Outputs]:
-    """One batch: the parts' pixels in, each part's rows out."""
-    outputs = engine.infer([part.job.payload[part.start : part.stop] for part in parts])
-    results, row = [], 0
-    for part in parts:
-        end = row + part.stop - part.start
-        results.append(Outputs(outputs.logits[row:end], outputs.probabilities[row:end]))
-        row = end
-    return results
+    def _find(self, name: str) -> _Model:
+        if not name:
+            serving = [known for known, model in self._models.items() if model.served]
+            name = serving[0] if len(serving) == 1 else name
+        model = self._models.get(name)
+        if model is None or not model.served:
+            if not self._complete:
+                raise ModelNotReadyError("models are still being loaded", retry_after_ms=500)
+            known = ", ".join(sorted({served.name for served in self})) or "none"
+            raise NotFoundError(f"there is no model {name!r}; served are: {known}")
+        return model
+
+    def _routed(self, model: _Model) -> ServedModel:
+        weights = self._weights(model)
+        if len(weights) == 1:
+            return model.served[next(iter(weights))]
+        chosen = random.choices(list(weights), list(weights.values()))[0]
+        return model.served[chosen]
+
+    def _weights(self, model: _Model) -> dict[int, float]:
+        """The split over versions that are in service; without one, the latest that is no shadow."""
+        split = {number: weight for number, weight in model.routing.traffic.items() if number in model.served}
+        if split:
+            return split
+        answering = [number for number in model.served if number != model.routing.shadow] or list(model.served)
+        return {max(answering): 1.0}
+
+    def _routing_for(self, name: str) -> Routing:
+        known = self._models.get(name)
+        return known.routing if known else self._routings.get(name, Routing())
+
+    def _model(self, name: str) -> _Model:
+        if name not in self._models:
+            self._models[name] = _Model(self._routing_for(name))
+            self._metrics.model_known(name, lambda: self._queued(name))
+        return self._models[name]
+
+    def _queued(self, name: str) -> int:
+        return sum(served.batcher.queued_images for served in list(self._models[name].served.values()))
+
+    async def _present(self, *, everything: bool = False) -> dict[str, list[int]]:
+        present = await asyncio.to_thread(self._source.models)
+        if self._names and not everything:
+            present = {name: numbers for name, numbers in present.items() if name in self._names}
+        return present
+
+    async def _settle(self, name: str, present: list[int], *, strict: bool, force: bool = False) -> None:
+        """Loads what the routing needs and retires the rest, once at least one needed version is served."""
+        async with self._changing:
+            model = self._model(name)
+            needed = model.routing.needed(present)
+            for number in needed:
+                try:
+                    await self._replace(name, number, force=force)
+                except ConvoyError:
+                    if strict:
+                        raise
+            if any(number in model.served for number in needed):
+                for number in [number for number in model.served if number not in needed]:
+                    self._retire(name, number)
+                    model.seen.pop(number, None)
+
+    async def _replace(self, name: str, number: int, *, force: bool = False) -> None:
+        """Loads a version unless its files are those of the last attempt, and swaps it in."""
+        model = self._model(name)
+        fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
+        if not force and model.seen.get(number) == fingerprint:
+            return
+        if not fingerprint and number in model.served:
+            return  # gone from the source: what is served stays until something takes its place
+        model.seen[number] = fingerprint
+        try:
+            path = await asyncio.to_thread(self._source.fetch, name, number)
+            served, difference = await asyncio.to_thread(self._load, path)
+            if served.name != name:
+                await served.release(0)
+                raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
+        except ConvoyError as error:
+            model.failed[number] = str(error)
+            self._metrics.model_load_failures.labels(model=name).inc()
+            _log.error("model not loaded", model=name, version=number, error=str(error))
+            raise
+        self._admit(model, served, difference)
+
+    def _admit(self, model: _Model, served: ServedModel, difference: float) -> None:
+        """From the next request on this version is in service."""
+        served.batcher.start()
+        if served.number in model.served:
+            self._retire(served.name, served.number)
+        model.served[served.number] = served
+        model.failed.pop(served.number, None)
+        self._metrics.model_loaded(
+            served.name,
+            served.number,
+            digest=served.version.digest[:12],
+            provider=served.engine.provider,
+            load_s=served.load_seconds,
+            canary_difference=difference,
+        )
+        _log.info(
+            "model loaded",
+            model=served.name,
+            version=served.number,
+            provider=served.engine.provider,
+            variant=served.engine.variant,
+            canary_difference=round(difference, 6),
+            seconds=round(served.load_seconds, 3),
+        )
+
+    def _retire(self, name: str, number: int) -> None:
+        """Takes a version out of service now; its memory comes back when it has answered what it began."""
+        model = self._models[name]
+        served = model.served.pop(number)
+        self._metrics.model_gone(name, number, digest=served.version.digest[:12], provider=served.engine.provider)
+        task = asyncio.create_task(self._release(served))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _release(self, served: ServedModel) -> None:
+        name, number = served.name, served.number
+        await served.release(self._release_timeout_s)
+        del served
+        await asyncio.to_thread(trim_memory)
+        _log.info("model released", model=name, version=number)

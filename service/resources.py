@@ -6,6 +6,8 @@ machine to the quota, and costs throughput and tail latency.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -45,3 +47,23 @@ def rss_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim_memory() -> None:
+    """Gives freed heap pages back to the system, where the C library can (glibc); elsewhere does nothing.
+
+    ONNX Runtime frees a session's weights and arena, but glibc keeps the pages for itself: without this, memory grows
+    with each reload until it has seen the worst case.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, imports included; 0 where /proc is missing."""
+    try:
+        started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")

@@ -4,8 +4,9 @@ A pure data structure without threads, clocks or futures of its own, so that eve
 Work is counted in images. A `Job` larger than a batch is taken in parts.
 
 Fairness is start-time fair queueing over flows (Goyal, Vin, Cheng 1996): each flow has a virtual time that advances by
-the images it was given; the flow with the smallest one goes next; a flow that wakes up starts at the present, so that
-idling earns no credit. Deadlines decide within a flow, never between flows.
+the images it was given; the flow with the smallest one goes next; a flow that wakes up starts at the present, or where
+it left off if that is later, so that neither idling nor coming back earns credit. Deadlines decide within a flow, never
+between flows.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class FairQueue(Generic[J]):
 
     def __init__(self) -> None:
         self._flows: dict[Hashable, _Flow[J]] = {}
+        self._ahead: dict[Hashable, float] = {}  # virtual time of flows that are empty but ahead of the present
         self._taken: dict[int, int] = {}  # images already taken of the job with this sequence number
         self._order = itertools.count()
         self._now = 0.0  # virtual time of the flow served last
@@ -88,7 +90,7 @@ class FairQueue(Generic[J]):
         """Adds a job to a flow."""
         lane = self._flows.get(flow)
         if lane is None:
-            lane = self._flows[flow] = _Flow(virtual_time=self._now)
+            lane = self._flows[flow] = _Flow(virtual_time=max(self._now, self._ahead.pop(flow, 0.0)))
         heapq.heappush(lane.heap, (job.priority, job.deadline, next(self._order), job))
         self.images += job.size
 
@@ -116,6 +118,7 @@ class FairQueue(Generic[J]):
         """Removes and returns all jobs, in no particular order."""
         jobs = [job for flow in self._flows.values() for *_, job in flow.heap]
         self._flows.clear()
+        self._ahead.clear()
         self._taken.clear()
         self.images = 0
         return jobs
@@ -155,9 +158,15 @@ class FairQueue(Generic[J]):
         self._forget_if_empty(flow)
 
     def _forget_if_empty(self, flow: Hashable) -> None:
-        if not self._flows[flow].heap:
-            # The flow keeps no credit and no debt beyond the one that the flows still here have, too.
-            del self._flows[flow]
+        if self._flows[flow].heap:
+            return
+        # A flow that leaves takes no credit with it, but what it was given beyond the others is remembered: otherwise
+        # a caller with one request at a time, whose flow is empty after each, would get every turn.
+        virtual_time = self._flows.pop(flow).virtual_time
+        if not self._flows:
+            self._ahead.clear()  # nobody was made to wait
+        elif virtual_time > self._now:
+            self._ahead[flow] = virtual_time
 
     def __iter__(self) -> Iterator[J]:
         """Jobs waiting, in no particular order."""

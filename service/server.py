@@ -6,24 +6,29 @@ import asyncio
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
 
-from service import engine, logs, providers, resources
+from service import engine, logs, providers, resources, serving
 from service.admission import Admission
 from service.artifact import ModelVersion
 from service.classifier import Classifier
 from service.decode import decode_pool
-from service.engine import OrtEngine
+from service.engine import Engine, OrtEngine
+from service.errors import ConvoyError, DeviceLostError
 from service.http import HttpServer
 from service.metrics import Metrics
 from service.preprocess import Limits
-from service.repository import Repository
-from service.rpc.listener import Listener, Options
+from service.repository import Repository, Routing
+from service.rpc.admin import Admin
+from service.rpc.listener import AdminListener, Listener, Options
 from service.rpc.servicer import ImageClassifier
+from service.serving import ServedModel
 from service.settings import Settings
+from service.sources import open_source
 
 _log = logs.get("server")
 
@@ -37,71 +42,72 @@ class Server:
 
     Args:
         settings: validated settings.
+
+    Attributes:
+        metrics: what `/metrics` shows.
+        repository: the models.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._began = time.monotonic()
-        self._last_beat = self._began
+        self._last_beat = time.monotonic()
         self._state = "starting"
+        self._device_lost = ""
         self._stop = asyncio.Event()
-
+        self._periodic: list[asyncio.Task[None]] = []
         cpus = resources.cpu_count()
-        self.metrics = Metrics()
+
+        self.metrics = metrics = Metrics()
         self._plan = providers.cpu_plan(engine.available_providers(), cpus, settings.intra_op_threads)
         self._admission = Admission(settings.max_pending_images, settings.max_pending_bytes)
-        self._decoder = decode_pool(settings.decode_threads or cpus, self.metrics.stage("decode"))
-        self.repository = Repository(settings.repository, self._build_engine, self.metrics)
-        classifier = Classifier(
-            self._decoder,
-            self._admission,
-            Limits(max_pixels=settings.max_image_pixels, max_side=settings.max_image_side),
-            settings.max_images_per_request,
-            self.metrics,
+        self._decoder = decode_pool(settings.decode_threads or cpus, metrics.stage("decode"))
+        self.repository = Repository(
+            open_source(settings.repository, settings.cache_dir),
+            self._load_version,
+            metrics,
+            names=settings.models,
+            routings={
+                name: Routing(own.versions, own.traffic, own.shadow) for name, own in settings.model_settings.items()
+            },
+            release_timeout_s=settings.max_deadline_ms / 1000,
         )
+        limits = Limits(max_pixels=settings.max_image_pixels, max_side=settings.max_image_side)
+        self._classifier = Classifier(self._decoder, self._admission, limits, settings.max_images_per_request, metrics)
         servicer = ImageClassifier(
-            self.repository, classifier, settings.default_deadline_ms / 1000, settings.max_deadline_ms / 1000
+            self.repository, self._classifier, settings.default_deadline_ms / 1000, settings.max_deadline_ms / 1000
         )
-        self._listener = Listener(
-            Options(
-                host=settings.host,
-                port=settings.port,
-                max_message_bytes=settings.max_message_bytes,
-                max_connection_age_s=settings.max_connection_age_s,
-                grace_s=settings.drain_timeout_s,
-            ),
-            servicer,
-            self.metrics,
-        )
+        self._listener = Listener(_options(settings), servicer, metrics)
+        self._admin = _admin(settings, self.repository, metrics)
         self._http: HttpServer | None = None
         self._watch()
 
     async def run(self) -> None:
         """Starts, serves until SIGTERM or SIGINT, drains and stops."""
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.request_stop, number.name)
-        beat = asyncio.create_task(self._beat())
+            self._loop.add_signal_handler(number, self.request_stop, number.name)
         try:
             await self.startup()
             await self._stop.wait()
         finally:
             await self.shutdown()
-            beat.cancel()
 
     async def startup(self) -> None:
         """Opens the ports first, so that probes are answered and a taken port is found at once; then loads."""
         settings = self._settings
-        paths = self.repository.find(settings.models)
+        self._loop = asyncio.get_running_loop()
         self._http = HttpServer(settings.host, settings.http_port, self.metrics.registry, self._live, self._ready)
         self._http.start()
         await self._listener.start()
+        if self._admin is not None:
+            await self._admin.start()
         self._decoder.start()
-        for path in paths:
-            await self._load(path)
-            if self._stop.is_set():
-                return
-        self.repository.complete()
+        self._every(_BEAT_S, self._beat)
+        await self._unless_stopped(self.repository.load_all())
+        if self._stop.is_set():
+            return
+        self._every(settings.repository_poll_s, self.repository.poll)
+        self._every(settings.canary_interval_s, self.repository.check_canaries)
         self._state = "ready"
         self.metrics.ready.set(1)
         await self._listener.ready(ready=True)
@@ -109,34 +115,27 @@ class Server:
 
     async def shutdown(self) -> None:
         """Stops taking calls, waits for those in flight, ends threads, closes ports. Nothing accepted is lost."""
-        settings = self._settings
-        began = time.monotonic()
+        settings, began, served = self._settings, time.monotonic(), self._state == "ready"
         self._state = "draining"
         self.metrics.ready.set(0)
         await self._listener.ready(ready=False)
-        pending = self._admission.images
-        _log.info("draining", pending_images=pending, timeout_s=settings.drain_timeout_s)
-        await asyncio.sleep(settings.drain_delay_s if self._stop.is_set() else 0)
+        if served:
+            _log.info("draining", pending_images=self._admission.images, timeout_s=settings.drain_timeout_s)
+            await asyncio.sleep(settings.drain_delay_s)
+        for task in self._periodic:
+            task.cancel()
+        if self._admin is not None:
+            await self._admin.stop()
         lost = await self._stop_listening(settings.drain_timeout_s)
         self._admission.drain()
+        await self._classifier.close()
         await self.repository.close()
         await self._decoder.close()
         if self._http is not None:
             self._http.stop()
-        seconds = round(time.monotonic() - began, 3)
-        if lost:
-            _log.error("stopped with calls cancelled", images=lost, seconds=seconds)
-        else:
-            _log.info("stopped", seconds=seconds)
-
-    async def _stop_listening(self, timeout_s: float) -> int:
-        """Images whose calls were cancelled because they outlasted the timeout."""
-        stopping = asyncio.create_task(self._listener.stop(timeout_s))
-        # Looked at just before the rest is cancelled: afterwards nobody could count it.
-        done, _ = await asyncio.wait({stopping}, timeout=max(0.0, timeout_s - 0.05))
-        lost = 0 if done else self._admission.images
-        await stopping
-        return lost
+        if served:
+            say = _log.error if lost else _log.info
+            say("stopped", cancelled_images=lost, seconds=round(time.monotonic() - began, 3))
 
     def request_stop(self, reason: str) -> None:
         """Lets `run` go on to `shutdown`."""
@@ -153,37 +152,79 @@ class Server:
         """The HTTP port that is open."""
         return self._http.port if self._http else 0
 
-    def _build_engine(self, version: ModelVersion) -> OrtEngine:
+    @property
+    def admin_port(self) -> int:
+        """The admin port that is open; 0 if none is."""
+        return self._admin.port if self._admin else 0
+
+    # --- loading
+
+    def _load_version(self, path: Path) -> tuple[ServedModel, float]:
+        settings = self._settings
+        return serving.load(
+            path,
+            self._build_engines,
+            self.metrics.model,
+            window_s=settings.batch_window_ms / 1000,
+            codel_target_s=settings.codel_target_ms / 1000,
+            on_device_lost=self._lose_device,
+        )
+
+    def _build_engines(self, version: ModelVersion) -> list[Engine]:
         built = OrtEngine(version, self._plan, self._settings.max_batch_size)
         built.warm_up()
-        return built
+        return [built]
 
-    async def _load(self, path: Path) -> None:
-        model = await asyncio.to_thread(self.repository.load, path)
-        self.repository.add(model)
-        _log.info(
-            "model loaded",
-            model=model.name,
-            version=model.number,
-            provider=model.engine.provider,
-            canary_difference=round(model.canary_difference, 6),
-            seconds=round(model.load_seconds, 3),
-        )
+    # --- ending
+
+    async def _unless_stopped(self, work: Awaitable[None]) -> None:
+        """Waits for the work, or for the stop: then the work is cancelled."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        else:
+            task.result()
+
+    async def _stop_listening(self, timeout_s: float) -> int:
+        """Closes the port and waits; gives the images whose calls were cancelled because they outlasted the timeout."""
+        stopping = asyncio.create_task(self._listener.stop(timeout_s))
+        # Looked at just before the rest is cancelled: afterwards nobody could count it.
+        done, _ = await asyncio.wait({stopping}, timeout=max(0.0, timeout_s - 0.05))
+        lost = 0 if done else self._admission.images
+        await stopping
+        return lost
+
+    def _lose_device(self, error: DeviceLostError) -> None:
+        """Latches liveness: only a restart brings a lost device back. Called on an owner thread."""
+        if not self._device_lost:
+            self._device_lost = f"the device is lost: {error}"
+            _log.error("device lost", error=str(error))
+            asyncio.run_coroutine_threadsafe(self._listener.lost(), self._loop)
+
+    # --- what goes on beside the requests
+
+    def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        if seconds:
+            self._periodic.append(asyncio.create_task(_forever(seconds, work)))
 
     async def _beat(self) -> None:
         """Measures the event loop's lag and proves to liveness that it turns."""
-        while True:
-            due = time.monotonic() + _BEAT_S
-            await asyncio.sleep(_BEAT_S)
-            self._last_beat = time.monotonic()
-            self.metrics.loop_lag_seconds.set(max(0.0, self._last_beat - due))
+        now = time.monotonic()
+        self.metrics.loop_lag_seconds.set(max(0.0, now - self._last_beat - _BEAT_S))
+        self._last_beat = now
 
     def _live(self) -> tuple[bool, str]:
+        if self._device_lost:
+            return False, self._device_lost
         stuck_s = time.monotonic() - self._last_beat
         return (False, f"the event loop is stuck for {stuck_s:.0f} s") if stuck_s > _STUCK_S else (True, "live")
 
     def _ready(self) -> tuple[bool, str]:
-        return self._state == "ready", self._state
+        return self._state == "ready" and not self._device_lost, self._device_lost or self._state
 
     def _watch(self) -> None:
         metrics, admission = self.metrics, self._admission
@@ -193,33 +234,66 @@ class Server:
         metrics.pending_images_limit.set(admission.max_images)
         metrics.pending_bytes_limit.set(admission.max_bytes)
 
+    # --- what is told
+
     def _announce(self) -> None:
         settings = self._settings
+        places = {"grpc": f"{settings.host}:{self.port}", "http": f"{settings.host}:{self.http_port}"}
+        if self._admin is not None:
+            places["admin"] = f"{settings.admin_host}:{self.admin_port}"
         _log.info(
             "ready",
-            grpc=f"{settings.host}:{self.port}",
-            http=f"{settings.host}:{self.http_port}",
+            **places,
             models=[f"{model.name}/{model.number}" for model in self.repository],
-            startup_seconds=round(time.monotonic() - self._began, 3),
+            startup_seconds=round(resources.process_age_s(), 2),
             rss_mib=resources.rss_bytes() >> 20,
         )
         if sys.stderr.isatty():
-            self._banner(Console(stderr=True, highlight=False))
+            self._banner(Console(stderr=True, highlight=False), places)
 
-    def _banner(self, console: Console) -> None:
+    def _banner(self, console: Console, places: dict[str, str]) -> None:
         """What is served, where, and on which provider; for people. Machines read the log."""
-        host, port = self._settings.host, self.port
         console.print(f"\n[bold]Convoy {metadata.version('convoy')}[/bold] is ready\n")
         for model in self.repository:
             manifest = model.version.manifest
             console.print(
                 f"  [bold cyan]{model.name}[/bold cyan] version {model.number}: {manifest.architecture}, "
-                f"{len(manifest.classes)} classes, on {model.engine.provider}"
+                f"{len(manifest.classes)} classes, {model.engine.variant} on {model.engine.provider}"
             )
-        console.print(f"\n  gRPC     {host}:{port}")
-        console.print(f"  metrics  http://{host}:{self.http_port}/metrics   health  /health/ready")
+        console.print(f"\n  gRPC     {places['grpc']}")
+        console.print(f"  HTTP     http://{places['http']}/metrics  /health/live  /health/ready")
+        if "admin" in places:
+            console.print(f"  admin    {places['admin']}")
         first = next(iter(self.repository)).name
-        console.print(f"\n  try      convoy classify IMAGE --server {host}:{port} --model {first}\n  stop     Ctrl-C\n")
+        console.print(f"\n  try      convoy classify IMAGE --server {places['grpc']} --model {first}")
+        console.print("  stop     Ctrl-C\n")
+
+
+async def _forever(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except ConvoyError as error:
+            _log.error("periodic work failed", error=str(error))
+        except Exception:  # noqa: BLE001  # one bad round must not end the rounds
+            _log.exception("periodic work failed")
+
+
+def _options(settings: Settings) -> Options:
+    return Options(
+        host=settings.host,
+        port=settings.port,
+        max_message_bytes=settings.max_message_bytes,
+        max_connection_age_s=settings.max_connection_age_s,
+        grace_s=settings.drain_timeout_s,
+    )
+
+
+def _admin(settings: Settings, repository: Repository, metrics: Metrics) -> AdminListener | None:
+    if settings.admin_port is None:
+        return None
+    return AdminListener(settings.admin_host, settings.admin_port, Admin(repository), metrics)
 
 
 def serve(settings: Settings) -> None:

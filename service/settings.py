@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -27,6 +28,18 @@ MIB = 1 << 20
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+class ModelSettings(BaseModel):
+    """Settings of one model, under `model_settings: {<name>: …}` in the settings file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    versions: str = Field("latest", description="Versions to load: latest, latest:N, all, or numbers like 1,3.")
+    traffic: Mapping[int, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Weight of each version for requests that name none."
+    )
+    shadow: int | None = Field(None, description="Version that gets a copy of every request and never answers.")
+
+
 class Settings(BaseSettings):
     """Settings of one server process. Frozen; validated as a whole at start."""
 
@@ -35,11 +48,30 @@ class Settings(BaseSettings):
     )
 
     # --- what is served, and where
-    repository: Path = Field(Path("models"), description="Directory of models: <repository>/<model>/<version>/.")
-    models: tuple[str, ...] = Field((), description="Names of the models to serve; empty serves all of them.")
+    repository: str = Field(
+        "models",
+        description="Models as <repository>/<model>/<version>/: a directory, or a URL such as s3://bucket/models.",
+    )
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Names of the models to serve, separated by commas; empty serves all of them."
+    )
+    model_settings: Mapping[str, ModelSettings] = Field(
+        default_factory=dict, description="Settings of single models, by name; in the settings file only."
+    )
+    repository_poll_s: float = Field(
+        5.0, ge=0, description="Seconds between looks for new and changed versions; 0: only the admin API loads."
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/convoy"), description="Directory for mirrored models, compiled engines and measurements."
+    )
+    canary_interval_s: float = Field(
+        300.0, ge=0, description="Seconds between checks of every served version with its canary images; 0: never."
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: Port = Field(8500, description="gRPC port; 0 picks a free one.")
     http_port: Port = Field(8501, description="HTTP port for /metrics and /health; 0 picks a free one.")
+    admin_host: str = Field("127.0.0.1", description="Address of the admin API; whoever reaches it can unload models.")
+    admin_port: Port | None = Field(None, description="gRPC port of the admin API; 0 picks a free one. Off if not set.")
 
     # --- what a request may ask for
     max_message_bytes: int = Field(
@@ -59,6 +91,18 @@ class Settings(BaseSettings):
     )
     max_pending_bytes: int = Field(
         512 * MIB, ge=1, description="Most bytes of encoded images admitted and not yet answered."
+    )
+
+    codel_target_ms: float = Field(
+        5.0,
+        ge=0,
+        description="Waiting time that a standing queue may have, at least; in effect never below four full batches. "
+        "Beyond it requests are shed until the queue is short again (CoDel). 0 never sheds.",
+    )
+    batch_window_ms: float = Field(
+        0.0,
+        ge=0,
+        description="Longest wait for a fuller batch; 0 never waits: best unless measured otherwise.",
     )
 
     # --- the machine
@@ -90,6 +134,17 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: console on a terminal, JSON lines otherwise."
     )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(name.strip() for part in parts for name in str(part).split(",") if name.strip())
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expanded(cls, value: Path) -> Path:
+        return value.expanduser()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
@@ -15,6 +15,8 @@ from service.settings import Settings
 def _flags(command: Callable[..., None]) -> Callable[..., None]:
     """One flag for each setting, made from its declaration."""
     for name, field in reversed(Settings.model_fields.items()):
+        if get_origin(field.annotation) is Mapping:  # a table has no flag
+            continue
         kind, multiple = _click_type(field.annotation)
         default = "" if field.default in ((), None) else f" [default: {field.default}]"
         command = click.option(
@@ -29,12 +31,16 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:
-    if get_origin(annotation) is Literal:
-        return click.Choice([str(choice) for choice in get_args(annotation)]), False
-    if get_origin(annotation) is tuple:
+    """The type of a flag, and whether it may be given several times."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return click.Choice([str(choice) for choice in arguments]), False
+    if origin is tuple:
         return str, True
-    if isinstance(annotation, UnionType):
-        return _click_type(next(kind for kind in get_args(annotation) if kind is not type(None)))
+    if origin is Annotated:
+        return _click_type(arguments[0])
+    if origin in (Union, UnionType):
+        return _click_type(next(kind for kind in arguments if kind is not type(None)))
     return (click.Path(path_type=Path) if annotation is Path else annotation), False
 
 

@@ -13,7 +13,7 @@ import structlog
 from grpc import aio
 
 from service import logs
-from service.errors import ConvoyError
+from service.errors import ConvoyError, UnavailableError
 from service.metrics import Metrics
 from service.rpc import status
 
@@ -65,6 +65,7 @@ class _Watched:
         self._started = metrics.grpc_started.labels(*self._labels)
         self._seconds = metrics.grpc_seconds.labels(*self._labels)
         self._handled = metrics.grpc_handled
+        self._shed = metrics.shed
 
     async def handle(self, request: Any, context: Context) -> Any:
         """Answers one call."""
@@ -83,6 +84,8 @@ class _Watched:
         except Exception as error:  # noqa: BLE001  # whatever it is, the client gets a status and the log the cause
             code = status.code_of(error)
             _log_internal(error, code)
+            if isinstance(error, UnavailableError):
+                self._shed.labels(error.reason).inc()
             trailers = ((REQUEST_ID, request_id), *status.retry_pushback(error))
             await context.abort(code, status.message_of(error, request_id), trailers)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from convoy.v1 import admin_pb2, admin_pb2_grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
@@ -13,10 +14,13 @@ from grpc_reflection.v1alpha import reflection
 
 from service.errors import ConfigurationError
 from service.metrics import Metrics
+from service.rpc.admin import Admin
 from service.rpc.interceptor import Around
 from service.rpc.servicer import ImageClassifier
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
+
+ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 
 class HealthName(enum.StrEnum):
@@ -56,13 +60,7 @@ class Listener:
             ConfigurationError: the port is taken or the address is not ours.
         """
         address = f"{self._options.host}:{self._options.port}"
-        try:
-            self.port = self._server.add_insecure_port(address)
-        except RuntimeError:
-            raise ConfigurationError(
-                f"cannot listen on {address}: the port is in use or the address is not of this machine; "
-                "choose another with --port or --host"
-            ) from None
+        self.port = _bind(self._server, address, "--port or --host")
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.READINESS, "", SERVICE)
         await self._set(health_pb2.HealthCheckResponse.SERVING, HealthName.LIVENESS)
         await self._server.start()
@@ -71,6 +69,12 @@ class Listener:
         """Tells load balancers whether to send traffic. Liveness stays."""
         state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         await self._set(state, HealthName.READINESS, "", SERVICE)
+
+    async def lost(self) -> None:
+        """Tells the orchestrator to restart this process: it cannot serve any more. There is no way back."""
+        await self._set(
+            health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.LIVENESS, HealthName.READINESS, "", SERVICE
+        )
 
     async def stop(self, grace_s: float) -> None:
         """Closes the port at once, waits for calls in flight at most `grace_s` seconds, cancels the rest."""
@@ -94,3 +98,37 @@ def _channel_options(options: Options) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+
+
+class AdminListener:
+    """The admin API on a port of its own."""
+
+    def __init__(self, host: str, port: int, servicer: Admin, metrics: Metrics) -> None:
+        self._address = f"{host}:{port}"
+        self._server = aio.server(interceptors=[Around(metrics)], options=[("grpc.so_reuseport", 0)])
+        admin_pb2_grpc.add_AdminServicer_to_server(servicer, self._server)
+        reflection.enable_server_reflection((ADMIN_SERVICE, reflection.SERVICE_NAME), self._server)
+        self.port = 0
+
+    async def start(self) -> None:
+        """Binds and listens.
+
+        Raises:
+            ConfigurationError: the port is taken or the address is not ours.
+        """
+        self.port = _bind(self._server, self._address, "--admin-port or --admin-host")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Closes the port; a change under way is cancelled, and changes nothing."""
+        await self._server.stop(None)
+
+
+def _bind(server: aio.Server, address: str, flags: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError:
+        raise ConfigurationError(
+            f"cannot listen on {address}: the port is in use or the address is not of this machine; "
+            f"choose another with {flags}"
+        ) from None

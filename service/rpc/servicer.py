@@ -9,15 +9,18 @@ from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
 
-from service import artifact
 from service.classifier import Answer, Classifier, Query, Result
 from service.errors import EngineError, ImageFault, InvalidImageError, InvalidRequestError
-from service.repository import Repository, ServedModel
+from service.repository import Repository
+from service.rpc.describe import details, summary
+from service.serving import ServedModel
 
 Context = aio.ServicerContext[Any, Any]
 
 DEFAULT_TOP_K = 5
 
+# Smaller goes first.
+_PRIORITIES = {pb.PRIORITY_HIGH: -1, pb.PRIORITY_NORMAL: 0, pb.PRIORITY_LOW: 1}
 _REASONS = {fault: pb.ImageError.Reason.Value(fault.name) for fault in ImageFault}
 
 
@@ -43,31 +46,27 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         """Classifies images."""
         arrived = time.monotonic()
         model = self._model(request)
-        query = Query(request.top_k or DEFAULT_TOP_K, request.min_score, request.return_logits)
-        result = await self._classifier.classify(model, request.images, query, arrived + self._budget_s(context))
+        query = Query(
+            top_k=request.top_k or DEFAULT_TOP_K,
+            min_score=request.min_score,
+            logits=request.return_logits,
+            priority=_PRIORITIES.get(request.priority, 0),
+        )
+        shadow = self._repository.shadow(model.name, model)
+        deadline = arrived + self._budget_s(context)
+        result = await self._classifier.classify(model, request.images, query, deadline, shadow)
         _raise_if_all_failed(result)
         return _response(model, result, time.monotonic() - arrived)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
         """Lists what is served."""
         del request, context
-        return pb.ListModelsResponse(models=[self._summary(model) for model in self._repository])
+        return pb.ListModelsResponse(models=[summary(self._repository, model) for model in self._repository])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """Describes one version."""
         del context
-        model = self._model(request)
-        manifest = model.version.manifest
-        return pb.GetModelResponse(
-            summary=self._summary(model),
-            labels=manifest.classes,
-            input=_input(manifest.input),
-            metrics=manifest.metrics,
-            variants=[_variant(variant, active=variant.file == artifact.MODEL) for variant in manifest.variants],
-            sha256=model.version.digest,
-            temperature=manifest.temperature,
-            max_batch_size=model.engine.buckets[-1],
-        )
+        return details(self._repository, self._model(request))
 
     def _model(self, request: pb.ClassifyRequest | pb.GetModelRequest) -> ServedModel:
         return self._repository.get(request.model, request.version if request.HasField("version") else None)
@@ -75,18 +74,6 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
     def _budget_s(self, context: Context) -> float:
         remaining: float | None = context.time_remaining()  # None without a deadline, whatever its type says
         return min(self._default_deadline_s if remaining is None else remaining, self._max_deadline_s)
-
-    def _summary(self, model: ServedModel) -> pb.ModelSummary:
-        manifest = model.version.manifest
-        return pb.ModelSummary(
-            name=manifest.name,
-            version=manifest.version,
-            state=pb.READY,
-            architecture=manifest.architecture,
-            num_classes=len(manifest.classes),
-            provider=model.engine.provider,
-            is_default=self._repository.get(manifest.name) is model,
-        )
 
 
 def _raise_if_all_failed(result: Result) -> None:
@@ -121,16 +108,6 @@ def _result(outcome: Answer | InvalidImageError, labels: tuple[str, ...]) -> pb.
     classes = [pb.Class(index=index, label=labels[index], score=score) for index, score in outcome.classes]
     logits = None if outcome.logits is None else outcome.logits.tolist()
     return pb.ImageResult(classification=pb.Classification(classes=classes, logits=logits))
-
-
-def _input(spec: artifact.InputSpec) -> pb.InputSpec:
-    return pb.InputSpec(height=spec.height, width=spec.width, channels=spec.channels, resize=spec.describe())
-
-
-def _variant(variant: artifact.Variant, *, active: bool) -> pb.Variant:
-    return pb.Variant(
-        name=variant.name, accuracy=variant.accuracy, images_per_second=variant.images_per_second, active=active
-    )
 
 
 def _us(seconds: float) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import grpc
 
 from service.errors import (
+    ArtifactError,
+    ConfigurationError,
     ConvoyError,
+    DeviceLostError,
     EngineError,
     ExpiredError,
     InvalidImageError,
@@ -23,6 +26,9 @@ _TABLE: tuple[tuple[type[ConvoyError], grpc.StatusCode], ...] = (
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (OutOfMemoryError, grpc.StatusCode.UNAVAILABLE),
     (ExpiredError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (ArtifactError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ConfigurationError, grpc.StatusCode.FAILED_PRECONDITION),
+    (DeviceLostError, grpc.StatusCode.UNAVAILABLE),
     (EngineError, grpc.StatusCode.INTERNAL),
 )
 

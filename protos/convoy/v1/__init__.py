@@ -1,1 +1,1 @@
-"""Version 1 of the API: `image_classifier_pb2` (messages), `image_classifier_pb2_grpc` (stubs)."""
+"""Version 1 of the API: `image_classifier_pb2` and `admin_pb2` (messages), `…_pb2_grpc` (stubs)."""

@@ -1,0 +1,189 @@
+"""Where model versions come from: a directory, or a bucket that is mirrored into one.
+
+Both give `<repository>/<model>/<version>/` on the local disk. A version is seen only when its manifest is there;
+training publishes atomically, and a copy that is under way fails its hashes and is looked at again when it changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from service import artifact
+from service.errors import ArtifactError, ConfigurationError
+
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+class Source(Protocol):
+    """A place with model versions. All methods block: call them off the event loop."""
+
+    def models(self) -> dict[str, list[int]]:
+        """Version numbers of every model, ascending; models without a version are left out.
+
+        Raises:
+            ConfigurationError: the place does not exist or cannot be read.
+        """
+
+    def fetch(self, name: str, number: int) -> Path:
+        """Local directory of a version; its content is not verified yet.
+
+        Raises:
+            ArtifactError: it cannot be had.
+        """
+
+    def fingerprint(self, name: str, number: int) -> Fingerprint:
+        """Changes whenever a file of the version changes; empty if the version is gone."""
+
+
+def open_source(location: str, cache: Path) -> Source:
+    """The source for a setting: a path, or a URL (`s3://bucket/models`, `gs://…`) that is mirrored below `cache`."""
+    return RemoteSource(location, cache) if "://" in location else LocalSource(Path(location))
+
+
+class LocalSource:
+    """A directory on this machine, or mounted into it.
+
+    Args:
+        root: the repository.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def models(self) -> dict[str, list[int]]:
+        """Every directory `<name>/<number>/` with a manifest."""
+        try:
+            models = sorted(path for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        except FileNotFoundError:
+            raise ConfigurationError(
+                f"the repository {self._root} does not exist; train a model into it with "
+                f"`convoy train DATA --repository {self._root} --name NAME`, or name another with --repository"
+            ) from None
+        except OSError as error:
+            raise ConfigurationError(f"the repository {self._root} cannot be read: {error.strerror}") from error
+        found = ((path.name, self._complete(path)) for path in models)
+        return {name: numbers for name, numbers in found if len(numbers)}
+
+    def fetch(self, name: str, number: int) -> Path:
+        """The directory itself."""
+        return self._root / name / str(number)
+
+    def fingerprint(self, name: str, number: int) -> Fingerprint:
+        """Paths, sizes and times of all files."""
+        root = self._root / name / str(number)
+        entries = []
+        for path in sorted(root.rglob("*")):
+            try:
+                stat = path.stat()
+            except OSError:  # removed while we look: the next look will see a settled state
+                continue
+            entries.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
+        return tuple(entries)
+
+    @staticmethod
+    def _complete(model: Path) -> list[int]:
+        return [number for number in artifact.versions(model) if (model / str(number) / artifact.MANIFEST).is_file()]
+
+
+class RemoteSource:
+    """A place that fsspec can read, mirrored version by version into a directory and verified by SHA-256.
+
+    Args:
+        url: for instance `s3://bucket/models`; the protocol's package (s3fs, gcsfs, adlfs) has to be installed.
+        cache: directory of the mirror; what is there already is not fetched again.
+
+    Raises:
+        ConfigurationError: the protocol is unknown or its package is missing.
+    """
+
+    def __init__(self, url: str, cache: Path) -> None:
+        self._url = url
+        self._mirror = cache / "mirror" / "".join(c if c.isalnum() else "_" for c in url)
+        self._filesystem, self._root = _open(url)
+
+    def models(self) -> dict[str, list[int]]:
+        """Every `<name>/<number>/` with a manifest."""
+        try:
+            self._filesystem.invalidate_cache()
+            manifests = self._filesystem.glob(f"{self._root}/*/*/{artifact.MANIFEST}")
+        except Exception as error:  # each backend raises exceptions of its own library
+            raise ConfigurationError(f"the repository {self._url} cannot be read: {error}") from error
+        found: dict[str, list[int]] = {}
+        for manifest in sorted(manifests):
+            name, number = PurePosixPath(manifest).parts[-3:-1]
+            if number.isdecimal() and int(number) > 0:
+                found.setdefault(name, []).append(int(number))
+        return {name: sorted(numbers) for name, numbers in found.items()}
+
+    def fetch(self, name: str, number: int) -> Path:
+        """Downloads a version beside its place, verifies it, and moves it there; or finds it there, unchanged."""
+        target = self._mirror / name / str(number)
+        source = f"{self._root}/{name}/{number}"
+        try:
+            manifest = self._filesystem.cat_file(f"{source}/{artifact.MANIFEST}")
+            if target.is_dir() and (target / artifact.MANIFEST).read_bytes() == manifest:
+                return target
+            staging = artifact.staging_dir(self._mirror, name, number)
+            try:
+                self._download(source, staging, manifest)
+                artifact.load(staging)
+                shutil.rmtree(target, ignore_errors=True)
+                staging.rename(target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        except ArtifactError:
+            raise
+        except Exception as error:  # each backend raises exceptions of its own library
+            raise ArtifactError(f"{self._url}/{name}/{number} cannot be fetched: {error}") from error
+        return target
+
+    def fingerprint(self, name: str, number: int) -> Fingerprint:
+        """The manifest's size and what the backend knows of its change: it lists the hashes of all other files."""
+        try:
+            info = self._filesystem.info(f"{self._root}/{name}/{number}/{artifact.MANIFEST}")
+        except Exception:  # noqa: BLE001  # gone, or out of reach for the moment: no news
+            return ()
+        changed = str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or "")
+        return ((changed, int(info.get("size") or 0), 0),)
+
+    def _download(self, source: str, staging: Path, manifest: bytes) -> None:
+        (staging / artifact.MANIFEST).write_bytes(manifest)
+        for path in artifact.read_manifest(staging).files:
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            self._filesystem.get_file(f"{source}/{path}", str(staging / path))
+
+
+def _open(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ConfigurationError(f"the repository {url} needs a package: {error}") from error
+    except Exception as error:
+        raise ConfigurationError(f"the repository {url} cannot be opened: {error}") from error
+    return filesystem, str(root).rstrip("/")
+
+
+def wanted_versions(policy: str, present: Sequence[int]) -> list[int]:
+    """The versions that a policy asks for, of those that are present, ascending.
+
+    Args:
+        policy: `latest`, `latest:N`, `all`, or numbers such as `1,3`.
+        present: version numbers, ascending.
+
+    Raises:
+        ConfigurationError: the policy is none of these.
+    """
+    word, _, count = policy.partition(":")
+    if policy == "all":
+        return list(present)
+    if word == "latest" and (not count or (count.isdecimal() and int(count) > 0)):
+        return list(present[-int(count or 1) :])
+    numbers = [part.strip() for part in policy.split(",")]
+    if all(part.isdecimal() for part in numbers):
+        return [number for number in present if number in set(map(int, numbers))]
+    raise ConfigurationError(f"the version policy {policy!r} is none of: latest, latest:N, all, or numbers like 1,3")
