@@ -18,7 +18,18 @@ from service.errors import ConvoyError
 from service.exits import Exit
 
 _GROUP = "convoy.commands"
-_OWN = ("classify", "inspect", "models", "serve")
+
+# Command to the module in service.commands that holds it.
+_OWN = {
+    "classify": "classify",
+    "inspect": "inspect",
+    "load": "admin",
+    "models": "models",
+    "route": "admin",
+    "serve": "serve",
+    "status": "admin",
+    "unload": "admin",
+}
 
 _EPILOG = f"""\b
 Exit codes:
@@ -35,7 +46,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx
         if cmd_name in _OWN:
-            command = getattr(importlib.import_module(f"service.commands.{cmd_name}"), cmd_name)
+            command = getattr(importlib.import_module(f"service.commands.{_OWN[cmd_name]}"), cmd_name)
         else:
             points = metadata.entry_points(group=_GROUP, name=cmd_name)
             command = next(iter(points)).load() if points else None

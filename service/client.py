@@ -126,7 +126,7 @@ class _Timed:
         try:
             return self._call.result(), latency_s
         except grpc.RpcError as error:
-            return _refusal(error), latency_s
+            return refusal(error), latency_s
 
     def _end(self, _: object) -> None:
         self._ended = time.monotonic()
@@ -138,10 +138,11 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
-def _refusal(error: grpc.RpcError) -> ServerRefusedError:
+def refusal(error: grpc.RpcError) -> ServerRefusedError:
+    """What a call's error means to the command line: the server answered, and refused."""
     # Every RpcError that a call raises is a Call, too; the type does not say so.
     code, details = error.code(), error.details()
     return ServerRefusedError(f"{code.name}: {details}")
