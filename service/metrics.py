@@ -128,6 +128,11 @@ class Metrics:
         self.loop_lag_seconds = Gauge(
             "convoy_event_loop_lag_seconds", "Latest delay of the event loop.", registry=registry
         )
+        self.tls_expiry = Gauge(
+            "convoy_tls_certificate_expiry_timestamp_seconds",
+            "End of validity of the certificate in use, since 1970; 0 without TLS.",
+            registry=registry,
+        )
         self.ready = Gauge("convoy_ready", "1 while the server takes traffic.", registry=registry)
 
     def model_known(self, model: str, queued: Callable[[], float]) -> None:

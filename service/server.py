@@ -24,6 +24,7 @@ from service.metrics import Metrics
 from service.preprocess import Limits
 from service.repository import Repository, Routing
 from service.rpc.admin import Admin
+from service.rpc.credentials import TlsFiles
 from service.rpc.listener import AdminListener, Listener, Options
 from service.rpc.servicer import ImageClassifier
 from service.serving import ServedModel
@@ -287,7 +288,13 @@ def _options(settings: Settings) -> Options:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age_s=settings.max_connection_age_s,
         grace_s=settings.drain_timeout_s,
+        tls=_tls(settings),
     )
+
+
+def _tls(settings: Settings) -> TlsFiles | None:
+    certificate, key = settings.tls_certificate, settings.tls_key
+    return TlsFiles(certificate, key, settings.tls_client_ca) if certificate and key else None
 
 
 def _admin(settings: Settings, repository: Repository, metrics: Metrics) -> AdminListener | None:

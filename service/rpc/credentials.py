@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,9 @@ class Certificates:
     def credentials(self) -> grpc.ServerCredentials:
         """For `add_secure_port`; asks for the certificate at every handshake."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration, self.renewed, require_client_authentication=self._files.client_ca is not None
+            self._configuration,
+            self.renewed,  # type: ignore[arg-type]  # the stub forgets None, which means: as before
+            require_client_authentication=self._files.client_ca is not None,
         )
 
     def renewed(self) -> grpc.ServerCertificateConfiguration | None:
@@ -82,6 +85,8 @@ class Certificates:
             ca = files.client_ca.read_bytes() if files.client_ca else None
         except OSError as error:
             raise _unreadable(error) from None
+        if _signature(files) != self._seen:
+            raise ConfigurationError(f"{files.certificate} changed while it was read")  # the next handshake reads again
         self._loaded(expiry)
         return grpc.ssl_server_certificate_configuration([(key, chain)], ca)
 
@@ -112,8 +117,8 @@ def check(files: TlsFiles) -> float:
         raise ConfigurationError(f"the certificate {path} does not serve: {error.verify_message}") from None
     except ssl.SSLError as error:
         raise ConfigurationError(
-            f"{path} does not serve ({error.reason or error}); expected PEM files: a certificate chain, and the key of its "
-            f"first certificate in {files.key}"
+            f"{path} does not serve ({error.reason or error}); expected PEM files: a certificate chain, "
+            f"and the key of its first certificate in {files.key}"
         ) from None
     except OSError as error:
         raise _unreadable(error) from None
@@ -127,10 +132,8 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> float:
     )
     # Client hello, server hello to finished, client finished, tickets: two rounds of each end are enough.
     for end in ends * 2:
-        try:
+        with suppress(ssl.SSLWantReadError):
             end.do_handshake()
-        except ssl.SSLWantReadError:
-            continue
     certificate = ends[0].getpeercert() or {}
     return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import grpc
 from convoy.v1 import admin_pb2, admin_pb2_grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from service.errors import ConfigurationError
 from service.metrics import Metrics
 from service.rpc.admin import Admin
+from service.rpc.credentials import Certificates, TlsFiles
 from service.rpc.interceptor import Around
 from service.rpc.servicer import ImageClassifier
 
@@ -32,13 +34,17 @@ class HealthName(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """How the listener behaves. `max_connection_age_s` 0 means never; `grace_s` is what a retired connection gets."""
+    """How the listener behaves.
+
+    `max_connection_age_s` 0 means never; `grace_s` is what a retired connection gets; `tls` None means plain text.
+    """
 
     host: str
     port: int
     max_message_bytes: int
     max_connection_age_s: float
     grace_s: float
+    tls: TlsFiles | None = None
 
 
 class Listener:
@@ -47,6 +53,7 @@ class Listener:
     def __init__(self, options: Options, servicer: ImageClassifier, metrics: Metrics) -> None:
         self._options = options
         self._health = health.aio.HealthServicer()
+        self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         self._server = aio.server(interceptors=[Around(metrics)], options=_channel_options(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -60,7 +67,7 @@ class Listener:
             ConfigurationError: the port is taken or the address is not ours.
         """
         address = f"{self._options.host}:{self._options.port}"
-        self.port = _bind(self._server, address, "--port or --host")
+        self.port = _bind(self._server, address, "--port or --host", self._tls)
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.READINESS, "", SERVICE)
         await self._set(health_pb2.HealthCheckResponse.SERVING, HealthName.LIVENESS)
         await self._server.start()
@@ -124,9 +131,9 @@ class AdminListener:
         await self._server.stop(None)
 
 
-def _bind(server: aio.Server, address: str, flags: str) -> int:
+def _bind(server: aio.Server, address: str, flags: str, tls: grpc.ServerCredentials | None = None) -> int:
     try:
-        return server.add_insecure_port(address)
+        return server.add_secure_port(address, tls) if tls else server.add_insecure_port(address)
     except RuntimeError:
         raise ConfigurationError(
             f"cannot listen on {address}: the port is in use or the address is not of this machine; "
