@@ -24,6 +24,11 @@ demo: $(RUNTIME) ## train on real digits, serve the model, classify over gRPC
 test: lint ## lint, type-check and run every test, with branch coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:build/coverage
 
+.PHONY: install-check
+install-check: $(RUNTIME) ## install the service alone and serve from it, without torch
+	@test -d .demo/models/digits || $(BIN)/convoy demo --train-only >/dev/null
+	@tests/install_check.sh .demo/models
+
 .PHONY: lint
 lint: $(DEV) ## ruff, mypy, import contracts, fresh stubs
 	@$(BIN)/ruff format --check --quiet .
@@ -52,6 +57,8 @@ accuracy: $(DEV) ## 5-fold accuracy of the demo's recipe on the digits
 .PHONY: proto
 proto: $(DEV) ## generate the stubs from the .proto files
 	@$(BIN)/python protos/generate.py
+
+-include deploy/images.mk
 
 .PHONY: clean
 clean: ## remove the environment and everything that was made
