@@ -73,6 +73,15 @@ class Settings(BaseSettings):
     admin_host: str = Field("127.0.0.1", description="Address of the admin API; whoever reaches it can unload models.")
     admin_port: Port | None = Field(None, description="gRPC port of the admin API; 0 picks a free one. Off if not set.")
 
+    # --- TLS
+    tls_certificate: Path | None = Field(
+        None, description="Certificate chain (PEM) of the gRPC port; read again when it changes. Without: no TLS."
+    )
+    tls_key: Path | None = Field(None, description="Private key (PEM) of the certificate.")
+    tls_client_ca: Path | None = Field(
+        None, description="Authorities (PEM) whose clients may connect; without, clients need no certificate."
+    )
+
     # --- what a request may ask for
     max_message_bytes: int = Field(
         32 * MIB, ge=4096, le=1024 * MIB, description="Largest gRPC message accepted, in bytes."
@@ -148,6 +157,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; one of them is missing")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
         if self.default_deadline_ms > self.max_deadline_ms:
             raise ValueError("default_deadline_ms is longer than max_deadline_ms")
         if self.max_images_per_request > self.max_pending_images:
