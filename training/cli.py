@@ -1,4 +1,4 @@
-"""`convoy train`: options to an experiment, an experiment to a model version.
+"""Training's commands: options to an experiment, an experiment to a model version.
 
 Imported by `convoy --help`, with or without the `training` extra: everything heavy is imported inside the command.
 """
@@ -6,44 +6,23 @@ Imported by `convoy --help`, with or without the `training` extra: everything he
 from __future__ import annotations
 
 import importlib.util
+import signal
 from pathlib import Path
 from typing import Any
 
 import click
 
 from service.errors import ConfigurationError
+from training.options import overrides_of, setting_options
 
-_EXTRA = ("torch", "onnx", "onnxscript", "sklearn", "safetensors", "matplotlib")
+_EXTRA = ("torch", "onnx", "onnxscript", "sklearn", "safetensors", "matplotlib", "psutil")
 
-# Flag to the setting that it overrides; a flag that is not given leaves the experiment file's value.
-_SETTINGS = {
-    "name": "name",
-    "model": "model.name",
-    "epochs": "loop.epochs",
-    "batch_size": "loop.batch_size",
-    "learning_rate": "optimiser.learning_rate",
-    "weight_decay": "optimiser.weight_decay",
-    "optimiser": "optimiser.name",
-    "label_smoothing": "loop.label_smoothing",
-    "ema_decay": "loop.ema_decay",
-    "seed": "loop.seed",
-    "image_size": "input.size",
-    "channels": "input.channels",
-    "validation": "data.validation",
-    "test": "data.test",
-    "split_seed": "data.split_seed",
-    "rotation": "augment.rotation_degrees",
-    "translation": "augment.translation",
-    "scale": "augment.scale",
-    "horizontal_flip": "augment.horizontal_flip",
-    "vertical_flip": "augment.vertical_flip",
-}
+_INTERRUPTED = 75
+_CTRL_C = 130
 
 
 @click.command(short_help="Train a classifier on a folder of images and export it.")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--model", help="Architecture, such as lenet5 (default) or resnet18.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images (default 30).")
 @click.option(
     "--repository",
     type=click.Path(path_type=Path, file_okay=False),
@@ -51,57 +30,72 @@ _SETTINGS = {
     show_default=True,
     help="Model repository: the version appears as REPOSITORY/NAME/<number>/.",
 )
-@click.option("--name", help="The model's name in the repository (default: the name of the DATA folder).")
-@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="Experiment file; flags override it.")
-@click.option("--batch-size", type=click.IntRange(min=2), help="Images per step (default 64).")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak of the schedule.")
-@click.option("--weight-decay", type=click.FloatRange(min=0), help="Spares biases and norm layers (default 0.01).")
-@click.option("--optimiser", type=click.Choice(["sgd", "adam", "adamw"]), help="Default adamw.")
-@click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), help="Default 0.")
-@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), help="Of averaged weights; 0: none.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of weights, order and augmentation (default 0).")
-@click.option("--image-size", type=click.IntRange(min=1), help="Height and width in pixels.")
-@click.option("--channels", type=click.IntRange(1, 3), help="1 gray or 3 RGB (default: what the images are).")
-@click.option("--validation", type=click.FloatRange(0, 1, max_open=True), help="Fraction that picks the best epoch.")
-@click.option("--test", type=click.FloatRange(0, 1, max_open=True), help="Fraction held out for the final figures.")
-@click.option("--split-seed", type=click.IntRange(min=0), help="Which images are held out (default 0).")
-@click.option("--rotation", type=click.FloatRange(0, 180), help="Largest random rotation in degrees (default 12).")
-@click.option("--translation", type=click.FloatRange(0, 0.5), help="Largest shift, of the side (default 0.1).")
-@click.option("--scale", type=click.FloatRange(0, 1), help="Largest relative change of size (default 0.1).")
-@click.option("--horizontal-flip/--no-horizontal-flip", default=None, help="Off by default: wrong for text.")
-@click.option("--vertical-flip/--no-vertical-flip", default=None, help="Off by default.")
 @click.option(
     "--runs",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("runs"),
     show_default=True,
-    help="Checkpoints and settings go to RUNS/NAME/<number>/.",
+    help="Checkpoints, logs and settings go to RUNS/NAME/<number>/.",
 )
-def train(data: Path, repository: Path, runs: Path, config: Path | None, **flags: Any) -> None:
+@click.option("--config", help="Experiment file, or the name of one of those that come along; flags override it.")
+@click.option("--resume", is_flag=True, help="Go on with the newest run in RUNS/NAME.")
+@click.option("--find-lr", is_flag=True, help="Do not train: raise the learning rate until it breaks, and plot.")
+@setting_options
+@click.pass_context
+def train(
+    context: click.Context,
+    /,
+    data: Path,
+    repository: Path,
+    runs: Path,
+    config: str | None,
+    *,
+    resume: bool,
+    find_lr: bool,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
     """Train on DATA and export a model version.
 
-    DATA holds one folder of images per class. A stratified part is held out for validation and test, broken files
+    DATA holds one folder of images per class; or train, val and test folders of such; or it is a CSV or Parquet file
+    with columns path, label and perhaps split. Without a split of its own a stratified part is held out. Broken files
     are reported and left out, the best epoch is kept, checked and exported to ONNX.
+
+    SIGTERM and Ctrl-C write a checkpoint first; --resume ends with the weights of a run that was never interrupted.
+    Several processes: torchrun --nproc-per-node 2 -m service train DATA ...
 
     \b
     Examples:
       convoy train photos --model resnet18 --epochs 20 --horizontal-flip
-      convoy train digits --model lenet5 --name digits --repository models
+      convoy train photos --model resnet50 --weights resnet50-11ad3fa6.pth --epochs 10
+      convoy train digits --config digits-lenet --name digits --repository models
     """
     require_extra()
-    from rich.console import Console
+    from training.config import find_experiment, load_experiment
+    from training.display import console_of_process
+    from training.folders import latest_run, settings_of
+    from training.interrupt import InterruptedRunError
+    from training.run import run, search_learning_rate
 
-    from training.config import load_experiment
-    from training.display import Display
-    from training.run import run
-
-    overrides = {setting: flags[flag] for flag, setting in _SETTINGS.items() if flags[flag] is not None}
+    overrides = overrides_of(flags, assignments)
     if config is None:
-        overrides.setdefault("name", data.resolve().name)
-    experiment = load_experiment(config, overrides)
-    display = Display(Console())
-    result = run(experiment, data, repository, runs, display)
+        overrides.setdefault("name", data.resolve().name.partition(".")[0])
+    file = find_experiment(config) if config else None
+    experiment = load_experiment(file, overrides)
+    folder = latest_run(runs / experiment.name) if resume else None
+    if folder:
+        experiment = settings_of(folder, overrides)
+    display = console_of_process()
+    if find_lr:
+        search_learning_rate(experiment, data, runs, display)
+        return
+    try:
+        result = run(experiment, data, repository, runs, display, resume=folder)
+    except InterruptedRunError as stopped:
+        display.say(f"Stopped; the checkpoint is in {stopped.folder}. Go on with the same command and --resume")
+        context.exit(_CTRL_C if stopped.signal == signal.SIGINT else _INTERRUPTED)
     display.say(f"\nWrote {result.version}")
+    display.say(f"Logs and checkpoints: {result.folder}; model card: {result.version / 'card.html'}")
     display.say("Next:")
     display.say(f"  convoy serve --repository {repository}")
     display.say(f"  convoy classify IMAGE --server localhost:8500 --model {experiment.name}")

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from service.artifact import NAME_PATTERN
 from service.errors import ConfigurationError
 
+_EXPERIMENTS = Path(__file__).with_name("experiments")
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -128,7 +130,8 @@ class LoopConfig(Section):
     draw rare classes more often. `precision`: `auto` measures whether bfloat16 is worth it. `deterministic`: refuse
     operations that are not repeatable. `patience`: stop after so many epochs without a better one. `stuck_epochs`: stop
     with advice after so many epochs in a row whose loss is that of guessing; 0 never. `checkpoint_steps`: write
-    `last.pt` also within epochs, every so many steps.
+    `last.pt` also within epochs, every so many steps. `threads`: of PyTorch's operators; None: one for small
+    steps, else all.
     """
 
     epochs: Count = 30
@@ -143,6 +146,7 @@ class LoopConfig(Section):
     patience: Count | None = None
     stuck_epochs: Annotated[int, Field(ge=0)] = 5
     checkpoint_steps: Count | None = None
+    threads: Count | None = None
     tensorboard: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -177,6 +181,22 @@ class Experiment(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     loop: LoopConfig = LoopConfig()
     transfer: TransferConfig = TransferConfig()
+
+
+def find_experiment(name: str) -> Path:
+    """A file of that path, or the experiment of that name that comes with Convoy.
+
+    Raises:
+        ConfigurationError: there is neither.
+    """
+    file = Path(name)
+    ours = _EXPERIMENTS / f"{name}.yaml"
+    if file.is_file() or not ours.is_file():
+        if not file.is_file():
+            known = ", ".join(sorted(entry.stem for entry in _EXPERIMENTS.glob("*.yaml")))
+            raise ConfigurationError(f"there is no experiment file {name}; those that come along are {known}")
+        return file
+    return ours
 
 
 def load_experiment(file: Path | None, overrides: Mapping[str, Any]) -> Experiment:

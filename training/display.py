@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -84,6 +85,11 @@ class Display:
             transient=True,
             disable=not self.console.is_terminal,
         )
+
+
+def console_of_process() -> Display:
+    """A display on standard output; of several processes only the first one speaks."""
+    return Display(Console(quiet=os.environ.get("RANK", "0") != "0"))
 
 
 class TrainingView:

@@ -18,6 +18,7 @@ from training.display import Display
 from training.distributed import Group, device, joined
 from training.evaluate import Evaluation, evaluate
 from training.export import export_version
+from training.finder import plot, sweep
 from training.folders import check_writable, new_run
 from training.interrupt import InterruptedRunError, held_back
 from training.journal import Journal
@@ -29,6 +30,7 @@ from training.precision import Precision, fastest
 from training.prepare import Prepared, prepare
 from training.seeds import Purpose, derive
 from training.step import Stepper, class_weights
+from training.threads import limited_to, thread_count
 from training.trained import Trained
 from training.transfer import plan, provenance, stage_table, start_from
 
@@ -91,14 +93,31 @@ def run(
         stepper, report = build_stepper(experiment, entry, data, group)
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
-        trainer = build_trainer(experiment, data, stepper, phases, folder, group)
-        if resume:
-            trainer.resume()
-        _fit(trainer, experiment, len(data.split.train), folder, display, group)
-        evaluation, trained = examine(experiment, data, trainer, provenance(experiment.transfer, report), group)
+        threads = experiment.loop.threads or thread_count(stepper.model, data.spec.shape, experiment.loop.batch_size)
+        with limited_to(threads):
+            trainer = build_trainer(experiment, data, stepper, phases, folder, group)
+            if resume:
+                trainer.resume()
+            _fit(trainer, experiment, len(data.split.train), folder, display, group)
+            evaluation, trained = examine(experiment, data, trainer, provenance(experiment.transfer, report), group)
         display.evaluation(evaluation, data.dataset.classes, "Held-out images")
         version = group.from_main(lambda: export_version(trained, repository))
         return Result(version, folder, evaluation, data.dataset.classes, tuple(trained.holdout_paths))
+
+
+def search_learning_rate(experiment: Experiment, source: Path, runs: Path, display: Display) -> float:
+    """Sweeps the learning rate, writes the curve into a new run's folder, and says what it suggests."""
+    entry, group = describe(experiment.model.name), Group()
+    data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
+    folder = new_run(runs / experiment.name, experiment)
+    stepper, _ = build_stepper(experiment, entry, data, group)
+    with limited_to(
+        experiment.loop.threads or thread_count(stepper.model, data.spec.shape, experiment.loop.batch_size)
+    ):
+        found = sweep(stepper, build_source(experiment, data, group))
+    plot(found, folder / "learning-rate.png")
+    display.say(f"--learning-rate {found.suggestion:.1e}: there the loss falls fastest; {folder / 'learning-rate.png'}")
+    return found.suggestion
 
 
 def build_stepper(
@@ -126,9 +145,7 @@ def build_trainer(
     experiment: Experiment, data: Prepared, stepper: Stepper, phases: Sequence[Phase], folder: Path, group: Group
 ) -> Trainer:
     """The loop around a stepper, with the precision chosen."""
-    loop, train = experiment.loop, data.examples("train")
-    weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
-    source = MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
+    source = build_source(experiment, data, group)
     stepper.precision = group.from_main(lambda: _precision(experiment, stepper, source))
     return Trainer(
         stepper,
@@ -139,9 +156,21 @@ def build_trainer(
         phases=phases,
         peak=peak_rate(experiment),
         folder=folder,
-        identity={"data": data.dataset.digest(), "precision": stepper.precision, "processes": group.world},
+        identity={
+            "data": data.dataset.digest(),
+            "precision": stepper.precision,
+            "processes": group.world,
+            "threads": torch.get_num_threads(),
+        },
         group=group,
     )
+
+
+def build_source(experiment: Experiment, data: Prepared, group: Group) -> MemorySource:
+    """The training images in batches."""
+    loop, train = experiment.loop, data.examples("train")
+    weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
+    return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
 
 
 def examine(
@@ -197,8 +226,7 @@ def _precision(experiment: Experiment, stepper: Stepper, source: MemorySource) -
         return wanted
     if experiment.loop.deterministic:
         return "float32"
-    batch = next(iter(source.batches(0, 0)))
-    return fastest(lambda precision: stepper.probe(batch, precision), stepper.device)
+    return fastest(stepper.trial(next(iter(source.batches(0, 0)))), stepper.device)
 
 
 def _introduce(display: Display, experiment: Experiment, data: Prepared) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,7 +32,8 @@ from training.seeds import Purpose, derive
 class Stepper:
     """Turns batches into updates of `model`. What it changes beside the weights is in `state`.
 
-    `average`: the averaged weights, if any. `learning_rate`: of the latest step. `precision`: of the forward pass; set
+    `average`: the averaged weights, if any. `learning_rate`: of the latest step. `fixed_rate`: instead of the
+    schedule, if not None. `precision`: of the forward pass; set
     it before `begin`.
     """
 
@@ -49,6 +51,7 @@ class Stepper:
         self.model: Classifier = model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Average(model, experiment.loop.ema_decay) if experiment.loop.ema_decay else None
         self.learning_rate = 0.0
+        self.fixed_rate: float | None = None
         self.precision: Precision = "float32"
         self._experiment = experiment
         self._normalise = normalise
@@ -112,18 +115,22 @@ class Stepper:
         self._update(step)
         return loss
 
-    def probe(self, batch: Batch, precision: Precision) -> None:
-        """Forward and backward without an update: what choosing a precision measures."""
+    def trial(self, batch: Batch) -> Callable[[Precision], None]:
+        """Forward and backward on a copy of the model: what choosing a precision measures."""
+        model = copy.deepcopy(self.model).train()
         mixed = Mixed(self._inputs(batch), batch.labels.to(self.device))
-        was_training = self.model.training
-        with autocast(precision, self.device):
-            outputs = self.model.train()(mixed.inputs)
-        torch.autograd.backward(self._loss(outputs, mixed))
-        self.model.train(was_training).zero_grad()
+
+        def run(precision: Precision) -> None:
+            with autocast(precision, self.device):
+                outputs = model(mixed.inputs)
+            torch.autograd.backward(self._loss(outputs, mixed))
+
+        return run
 
     def _set_rate(self, step: int) -> None:
         position = step - self._first_step
-        self.learning_rate = self._peak * rate(self._experiment.schedule, position, self._steps)
+        scheduled = self._peak * rate(self._experiment.schedule, position, self._steps)
+        self.learning_rate = scheduled if self.fixed_rate is None else self.fixed_rate
         for group in self._optimiser.param_groups:
             group["lr"] = self.learning_rate * group["multiple"]
 

@@ -1,6 +1,6 @@
 """Five-fold stratified accuracy of the default recipe on scikit-learn's handwritten digits, end to end from PNG files.
 
-    python tests/benchmarks/digits_kfold.py
+    python tests/benchmarks/digits_kfold.py [SEED]
 
 Each fold is tested on images that neither trained nor chose the epoch: the recipe's validation part is cut from the
 other four folds. Takes about 40 seconds on 2 cores. Expected: mean accuracy at least 99.0% (exit code 1 below that).
@@ -16,18 +16,21 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 
 from training.config import Experiment
 from training.data import list_images
+from training.digits import write_digits
+from training.distributed import Group
 from training.evaluate import evaluate
 from training.models import describe
+from training.phases import Phase
 from training.pixels import Normaliser, channel_statistics
+from training.prepare import Prepared, input_spec
 from training.read import Dataset, count_channels, read_images
-from training.run import build_trainer, input_spec
+from training.run import build_stepper, build_trainer
 from training.split import Split, stratified_split
+from training.threads import limited_to
 
 FOLDS = 5
 EXPECTED = 0.99
@@ -39,46 +42,40 @@ class Silent:
     def step(self, images: int, loss: float) -> None:
         pass
 
-    def epoch(self, figures: object) -> None:
+    def epoch(self, history: object) -> None:
         pass
 
 
-def write_digits(folder: Path) -> None:
-    """1,797 images of 8x8 with values 0..16, as PNG files of 0..255 in a folder per class."""
-    digits = load_digits()
-    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        target = folder / str(label)
-        target.mkdir(exist_ok=True)
-        Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(target / f"{number:04d}.png")
-
-
-def run_fold(dataset: Dataset, experiment: Experiment, rest: np.ndarray, test: np.ndarray, folder: Path) -> float:
+def run_fold(experiment: Experiment, dataset: Dataset, rest: np.ndarray, test: np.ndarray, folder: Path) -> float:
     """Accuracy on `test` after training on `rest`, part of which chooses the epoch."""
     inner = stratified_split(
-        dataset.labels[rest], dataset.classes, validation=experiment.data.validation, test=0.0, seed=0
+        dataset.labels, dataset.classes, rest, validation=experiment.data.validation, test=0.0, seed=0
     )
-    split = Split(train=rest[inner.train], validation=rest[inner.validation], test=test)
-    normalise = Normaliser(*channel_statistics(dataset.images, split.train))
-    trainer = build_trainer(experiment, dataset, split, normalise)
-    trainer.fit(folder, Silent())
-    return evaluate(trainer.averaged, dataset.images[test], dataset.labels[test], normalise).accuracy
+    split = Split(train=inner.train, validation=inner.validation, test=test)
+    entry, group = describe(experiment.model.name), Group()
+    spec = input_spec(experiment.input, entry, dataset.images.shape[-1])
+    data = Prepared(dataset, split, spec, Normaliser(*channel_statistics(dataset.images, split.train)), ())
+    stepper, _ = build_stepper(experiment, entry, data, group)
+    phases = (Phase("training", experiment.loop.epochs),)
+    trainer = build_trainer(experiment, data, stepper, phases, folder, group)
+    trainer.fit(Silent())
+    return evaluate(trainer.evaluated, data.examples("test"), data.normalise).accuracy
 
 
-def main() -> int:
-    experiment = Experiment()
-    with tempfile.TemporaryDirectory() as scratch:
+def main(seed: int = 0) -> int:
+    experiment = Experiment.model_validate({"loop": {"seed": seed}})
+    with tempfile.TemporaryDirectory() as scratch, limited_to(1):
         images, folder = Path(scratch) / "images", Path(scratch) / "run"
-        images.mkdir()
         folder.mkdir()
         write_digits(images)
         listing = list_images(images)
-        spec = input_spec(experiment.input, describe(experiment.model.name).input, count_channels(listing))
+        spec = input_spec(experiment.input, describe(experiment.model.name), count_channels(listing))
         dataset, _ = read_images(listing, spec)
-        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(dataset.images, dataset.labels)
+        folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(dataset.images, dataset.labels)
         accuracies = []
         for number, (rest, test) in enumerate(folds, 1):
             started = time.monotonic()
-            accuracies.append(run_fold(dataset, experiment, rest, test, folder))
+            accuracies.append(run_fold(experiment, dataset, rest, test, folder))
             click.echo(f"fold {number}: {accuracies[-1]:.2%} on {len(test)} images, {time.monotonic() - started:.1f} s")
     mean = float(np.mean(accuracies))
     click.echo(f"{FOLDS}-fold accuracy {mean:.2%}, expected at least {EXPECTED:.0%}; torch {torch.__version__}")
@@ -86,4 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*map(int, sys.argv[1:2])))
