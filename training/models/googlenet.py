@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from service.artifact import InputSpec, Resize
 from training.models.architecture import Architecture, Classifier, Config, Outputs, PublishedWeights, option
-from training.models.layers import pool_to, scaled
+from training.models.layers import scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Auxiliary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32[N, channels, H, W] to logits float32[N, K]."""
-        x = self.conv(pool_to(x, 4))  # [N, 128, 4, 4]
+        x = self.conv(functional.adaptive_avg_pool2d(x, 4))  # [N, 128, 4, 4]
         x = functional.relu(self.fc1(x.flatten(1)), inplace=True)  # [N, 1024]
         logits: Tensor = self.fc2(self.dropout(x))  # [N, K]
         return logits

@@ -14,16 +14,22 @@ def scaled(channels: int, width: float, multiple: int = 8) -> int:
 
 
 def pool_to(x: Tensor, size: int) -> Tensor:
-    """Adaptive average pooling of float32[N, C, H, W] to [N, C, size, size], with the plainest operator that does it.
+    """Adaptive average pooling of float32[N, C, H, W] to [N, C, size, size], in operators that every runtime has.
 
-    Equal to `adaptive_avg_pool2d`, which the ONNX exporter turns into chains of gathers where it cannot tell that the
-    windows are regular.
+    The means are those of `adaptive_avg_pool2d`, which has no counterpart in ONNX and is exported as chains of gathers.
+    Regular windows are a plain pooling; others, which may overlap, a product with constant matrices.
     """
     height, width = int(x.shape[2]), int(x.shape[3])
     if (height, width) == (size, size):
-        return x
-    if size == 1:
-        return x.mean((2, 3), keepdim=True)
+        return x  # [N, C, size, size]
     if height % size == 0 and width % size == 0:
-        return functional.avg_pool2d(x, (height // size, width // size))
-    return functional.adaptive_avg_pool2d(x, size)
+        return functional.avg_pool2d(x, (height // size, width // size))  # [N, C, size, size]
+    down = x.new_tensor(_means(height, size))  # [size, H]
+    across = x.new_tensor(_means(width, size))  # [size, W]
+    return down @ x @ across.T  # [N, C, size, size]
+
+
+def _means(length: int, size: int) -> list[list[float]]:
+    """Row i holds 1 / n in the n places of window i, which reaches from floor(i L / S) to ceil((i + 1) L / S)."""
+    windows = [(i * length // size, -((i + 1) * length // -size)) for i in range(size)]
+    return [[1 / (end - start) if start <= j < end else 0.0 for j in range(length)] for start, end in windows]

@@ -70,5 +70,5 @@ def configure(entry: Architecture, num_classes: int, in_channels: int, options: 
 def _suggestion(wrong: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(wrong, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ";"
+    hint = f"; did you mean {close[0]}?" if close else "."
     return f"{hint} There are: {', '.join(known)}"

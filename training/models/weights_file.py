@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,7 +82,10 @@ def _parse(path: Path, stream: BinaryIO) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(stream.read())
-        return torch.load(stream, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About plain pickles; they are read or refused all the same.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise TrainingError(
             f"{path} is no checkpoint, or holds more than tensors and plain values, which could run code; "
