@@ -82,7 +82,7 @@ def export_version(
             manifest = _manifest(trained, version, canary, outcome, files)
             artifact.check_signature(manifest, *session.signature)
             card = staging / CARD
-            card.write_text(report.render_card(trained, manifest, outputs), encoding="utf-8")
+            card.write_text(report.render_card(manifest, trained, outputs, servable.model), encoding="utf-8")
             return manifest.model_copy(update={"files": {**files, CARD: artifact.file_entry(card)}})
 
         return package.publish_next(staging, repository, trained.name, manifest_of)

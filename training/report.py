@@ -1,39 +1,253 @@
 """The model card: one HTML file that tells what a version is, how it was made and where it errs.
 
-It needs nothing from elsewhere: styles and pictures are inside, so it can be mailed and opened from a disk.
+It needs nothing from elsewhere: styles and pictures are inside, so it can be mailed and opened from a disk. What to
+report follows Mitchell et al., "Model Cards for Model Reporting", FAT* 2019 (arXiv:1810.03993).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import jinja2
 import numpy as np
+import torch
+from markupsafe import Markup
+from numpy.typing import NDArray
+from torch import nn
 
-from service.artifact import Manifest
-from training import metrics
+from service.artifact import MODEL, Manifest
+from training import calibrate, charts, metrics, pictures
 from training.runtime import Outputs
 from training.trained import Trained
 
 _TEMPLATE = "card.html.j2"
+# Up to here each cell of the confusion matrix and each class gets a line of its own at once.
+_FEW_CLASSES = 30
+_WEAKEST = 15
+_MISTAKES = 24
+_PAIRS = 12
+_Z95 = 1.959963984540054  # of the normal distribution, for 95% intervals
+_CHARTS = {"Loss": "loss", "Accuracy": "accuracy", "Learning rate": "learning_rate"}
 
 
-def render_card(trained: Trained, manifest: Manifest, outputs: Outputs) -> str:
+@dataclass(frozen=True)
+class Picture:
+    """One held-out image as the card shows it; `confidence` is in the class that was predicted."""
+
+    source: str
+    file: str
+    true: str
+    predicted: str
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two classes that are taken for each other; `share` is of the true class's images."""
+
+    true: str
+    predicted: str
+    count: int
+    share: float
+
+
+def render_card(manifest: Manifest, trained: Trained | None = None, outputs: Outputs | None = None,
+                model: nn.Module | None = None) -> str:  # fmt: skip
     """The card of a version as HTML.
 
     Args:
-        trained: the model and its images.
         manifest: of the version; its list of files lacks the card itself.
+        trained: how it was made, and on which images it was judged; None for an imported model.
         outputs: what the float model in ONNX Runtime says to the held-out images, in their order.
+        model: the network on the CPU in evaluation mode, for its filters and feature maps.
     """
+    facts: dict[str, Any] = {
+        "manifest": manifest,
+        "model_file": manifest.files[MODEL],
+        "recipe": list(flattened(manifest.recipe)),
+        "data": [(key, value) for key, value in flattened(manifest.data) if not key.startswith("per_class")],
+        "class_counts": _class_counts(manifest),
+    }
+    if trained is not None and outputs is not None:
+        facts |= _judged(trained, outputs)
+        facts["curves"] = _curves(trained.history)
+    if trained is not None and model is not None:
+        facts |= _insides(trained, model)
+    return _environment().get_template(_TEMPLATE).render(facts)
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training"),
-        autoescape=True,
+        autoescape=True,  # class and file names come from users' folders
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    labels = trained.holdout_labels
+    environment.filters |= {"percent": percent, "size": size, "figure": figure, "short": short}
+    return environment
+
+
+def _judged(trained: Trained, outputs: Outputs) -> dict[str, Any]:
+    """All that follows from the answers to the held-out images."""
+    labels, classes = trained.holdout_labels, trained.classes
     predicted = outputs.logits.argmax(axis=1).astype(np.int64)
-    scores = metrics.class_scores(metrics.confusion_matrix(predicted, labels, len(trained.classes)))
-    return environment.get_template(_TEMPLATE).render(
-        manifest=manifest, scores=scores, images=len(labels), macro=scores.macro()
-    )
+    confusion = metrics.confusion_matrix(predicted, labels, len(classes))
+    scores = metrics.class_scores(confusion)
+    uncalibrated = calibrate.softmax(outputs.logits, 1 / trained.temperature)
+    before = calibrate.reliability(uncalibrated, labels)
+    after = calibrate.reliability(outputs.probabilities, labels)
+    accuracy = metrics.accuracy(predicted, labels)
+    few = len(classes) <= _FEW_CLASSES
+    return {
+        "images": len(labels),
+        "accuracy": accuracy,
+        "interval": wilson_interval(accuracy, len(labels)),
+        "top5": metrics.top_k_accuracy(outputs.logits, labels, 5) if len(classes) > 5 else None,  # noqa: PLR2004
+        "scores": scores,
+        "macro": scores.macro(),
+        "worst_classes": np.argsort(scores.f1, kind="stable")[: _FEW_CLASSES if few else _WEAKEST].tolist(),
+        "confusion": confusion.tolist() if few else None,
+        "confusion_picture": None if few else pictures.confusion_picture(confusion),
+        "pairs": _confused_pairs(confusion, classes),
+        "ece": (before.error, after.error),
+        "reliability": [
+            (f"Before (ECE {before.error:.3f})", charts.reliability_diagram(before, "before calibration")),
+            (f"After, T = {trained.temperature:.3g} (ECE {after.error:.3f})",
+             charts.reliability_diagram(after, "after calibration")),
+        ],
+        "mistakes": _pictures(trained, outputs, np.flatnonzero(predicted != labels), most_confident=True),
+        "doubts": _pictures(trained, outputs, np.flatnonzero(predicted == labels), most_confident=False),
+    }  # fmt: skip
+
+
+def _insides(trained: Trained, model: nn.Module) -> dict[str, Any]:
+    pixels = trained.holdout[0]
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (trained.mean, trained.std))
+    x = (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255 - mean) / std  # [1, C, H, W]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "filters": pictures.first_filters(model),
+        "feature_image": pictures.thumbnail(pixels),
+        "feature_class": trained.classes[int(trained.holdout_labels[0])],
+        "feature_maps": pictures.feature_maps(model, x),
+    }
+
+
+def _pictures(
+    trained: Trained, outputs: Outputs, candidates: NDArray[np.int64], *, most_confident: bool
+) -> list[Picture]:
+    """Of the candidate images, those with the highest or the lowest confidence."""
+    confidence = outputs.probabilities.max(axis=1)
+    order = np.argsort(confidence[candidates], kind="stable")
+    chosen = candidates[order[::-1] if most_confident else order][:_MISTAKES]
+    predicted = outputs.logits.argmax(axis=1)
+    return [
+        Picture(
+            source=pictures.thumbnail(trained.holdout[i]),
+            file=_place(trained.holdout_paths[i]),
+            true=trained.classes[int(trained.holdout_labels[i])],
+            predicted=trained.classes[int(predicted[i])],
+            confidence=float(confidence[i]),
+        )
+        for i in chosen
+    ]
+
+
+def _confused_pairs(confusion: NDArray[np.int64], classes: Sequence[str]) -> list[Pair]:
+    mistakes = confusion.copy()
+    np.fill_diagonal(mistakes, 0)
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:_PAIRS]
+    rows, columns = np.unravel_index(order, mistakes.shape)
+    return [
+        Pair(classes[t], classes[p], int(mistakes[t, p]), float(mistakes[t, p] / confusion[t].sum()))
+        for t, p in zip(rows.tolist(), columns.tolist(), strict=True)
+        if mistakes[t, p]
+    ]
+
+
+def _curves(history: Sequence[Mapping[str, float]]) -> list[tuple[str, list[str], Markup]]:
+    """Title, names of the series and chart; series are grouped by the end of their name."""
+    found = []
+    for title, ending in _CHARTS.items():
+        keys = sorted({key for entry in history for key in entry if key.endswith(ending)})
+        if keys:
+            series = {key: [float(entry.get(key, math.nan)) for entry in history] for key in keys}
+            found.append((title, [key.replace("_", " ") for key in keys], charts.curves(series)))
+    return found
+
+
+def _class_counts(manifest: Manifest) -> dict[str, Any]:
+    """Images per class: a list with bars for few classes, one chart for many."""
+    counts = manifest.data.get("per_class")
+    if not isinstance(counts, Mapping) or not counts:
+        return {}
+    rows = [(name, int(counts.get(name, 0))) for name in manifest.classes]
+    most = max(1, *(count for _, count in rows))
+    few = len(rows) <= _FEW_CLASSES
+    return {
+        "rows": [(name, count, count / most) for name, count in rows] if few else None,
+        "chart": None if few else charts.sorted_counts([count for _, count in rows]),
+    }
+
+
+def wilson_interval(share: float, images: int) -> tuple[float, float]:
+    """The 95% interval of a share measured on so many images (Wilson, 1927)."""
+    if not images:
+        return 0.0, 1.0
+    z2 = _Z95**2 / images
+    centre = (share + z2 / 2) / (1 + z2)
+    half = _Z95 / (1 + z2) * math.sqrt(share * (1 - share) / images + z2 / (4 * images))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and printable values of a nested mapping."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            yield name, ", ".join(map(figure, value)) or "none"
+        else:
+            yield name, figure(value)
+
+
+def figure(value: object) -> str:
+    """A value for people: floats in four digits, nothing as "none", the rest as it is."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def percent(share: float) -> str:
+    """0.98765 as 98.77%."""
+    return f"{100 * share:.2f}%"
+
+
+def short(count: int) -> str:
+    """11689512 as 11.7 M; below 10,000 every digit."""
+    if count < 10_000:  # noqa: PLR2004  five digits are the first that need help
+        return f"{count:,}"
+    power, letter = next(unit for unit in ((9, "G"), (6, "M"), (3, "k")) if count >= 10 ** unit[0])
+    return f"{count / 10**power:.3g} {letter}"
+
+
+def size(size_bytes: int) -> str:
+    """Bytes in the largest unit that leaves a number of 1 or more."""
+    amount, units = float(size_bytes), ["bytes", "KiB", "MiB", "GiB"]
+    while amount >= 1024 and len(units) > 1:  # noqa: PLR2004  the next unit
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:.0f} {units[0]}" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
+
+
+def _place(path: Path) -> str:
+    """Folder and file: enough to find it, without telling where on which machine it was."""
+    return "/".join(path.parts[-2:])

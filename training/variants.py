@@ -28,7 +28,7 @@ NAMES: tuple[Name, ...] = get_args(Name)
 # TensorRT's own file only on request: without a GPU its speed cannot be measured.
 DEFAULT: tuple[Name, ...] = ("int8", "fp16")
 
-Compare = Callable[[Session, Session, NDArray[np.uint8]], tuple[float, float]]
+Compare = Callable[[Session, Session, NDArray[np.uint8]], speed.Comparison]
 
 # What is faster by less than this is within the noise, and not worth a second file.
 _MIN_SPEEDUP = 1.05
@@ -107,7 +107,7 @@ def build(names: Sequence[Name], baseline: Baseline, budget_points: float, compa
         names: what to try.
         baseline: the float model and the images.
         budget_points: top-1 points (hundredths) that a variant may lose on the held-out images.
-        compare: measures how many times as fast a session is as a reference, and its images per second.
+        compare: times a session against a reference.
     """
     outcome = Outcome()
     for name in names:
@@ -193,11 +193,13 @@ class _Judge:
         reference = self.baseline.session
         if provider != CPU:
             reference = Session(self.baseline.model.SerializeToString(), provider)
-        ratio, rate = self.compare(reference, Session(serialised, provider), self.baseline.holdout)
-        measured = f"{ratio:.2f} times as fast as fp32 ({speed.CONDITIONS} on {provider})"
-        if ratio < _MIN_SPEEDUP:
+        found = self.compare(reference, Session(serialised, provider), self.baseline.holdout)
+        measured = f"{found.ratio:.2f} times as fast as fp32 ({speed.CONDITIONS} on {provider})"
+        if found.ratio < _MIN_SPEEDUP:
             raise _Rejection(f"{measured}; less than {_MIN_SPEEDUP:g} is not worth a file")
-        return rate, measured
+        if found.cautious_ratio < 1:
+            raise _Rejection(f"{measured}, but only {found.cautious_ratio:.2f} times in a quarter of the rounds")
+        return found.images_per_second, measured
 
     def _inaccurate(self, lost_points: float, accuracy: float) -> str:
         return (

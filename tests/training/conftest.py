@@ -62,7 +62,12 @@ def digits_trained(tmp_path_factory):
         std=(STD,),
         temperature=1.3,
         metrics={"accuracy": 0.97},
-        data={"source": "scikit-learn digits", "counts": {"train": [160] * 10, "holdout": [20] * 10}},
+        data={
+            "sha256": "0f" * 32,
+            "images": {"train": 1597, "validation": 0, "test": 200},
+            "per_class": {f"digit {n}": 175 + n for n in range(10)},
+            "split_seed": 0,
+        },
         recipe={"epochs": 6, "optimiser": "adam"},
         weights=Weights(source="trained from scratch", licence="CC0-1.0"),
         canary=paths[:4],

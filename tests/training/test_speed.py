@@ -33,12 +33,12 @@ def pixels():
 def test_a_graph_with_much_less_work_is_faster_by_a_ratio_that_inverts(pixels):
     light, heavy = repeated_sums(1), repeated_sums(30)
 
-    ratio, rate = speed.compare(heavy, light, pixels)
-    inverse, slow_rate = speed.compare(light, heavy, pixels)
+    found = speed.compare(heavy, light, pixels)
+    inverse = speed.compare(light, heavy, pixels)
 
-    assert ratio > 3
-    assert inverse < 1 / 3
-    assert rate > 2 * slow_rate
+    assert found.ratio > found.cautious_ratio > 2
+    assert inverse.ratio < 1 / 2
+    assert found.images_per_second > 2 * inverse.images_per_second
 
 
 def test_images_per_second_is_positive_with_fewer_images_than_a_batch(pixels):

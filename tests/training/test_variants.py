@@ -9,6 +9,7 @@ from service.errors import ConfigurationError
 from training import variants
 from training.graph import Servable, to_onnx
 from training.runtime import Session
+from training.speed import Comparison
 from training.variants import Baseline
 
 SPEC = InputSpec(height=16, width=16, channels=3)
@@ -72,7 +73,7 @@ def baseline_of(net, images=40):
 
 
 def twice_as_fast(*_):
-    return 2.0, 100.0
+    return Comparison(2.0, 1.8, 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +127,18 @@ def test_the_same_loss_is_kept_within_a_larger_budget(ruined):
 
 
 def test_int8_that_is_no_faster_is_rejected_with_the_ratio(wide):
-    (rejected,) = variants.build(["int8"], wide, budget_points=100, compare=lambda *_: (1.04, 90.0)).rejected
+    (rejected,) = variants.build(
+        ["int8"], wide, budget_points=100, compare=lambda *_: Comparison(1.04, 1.01, 90.0)
+    ).rejected
 
     assert rejected.reason.startswith("1.04 times as fast as fp32 (batch 8 on CPUExecutionProvider)")
     assert "not worth a file" in rejected.reason
+
+
+def test_int8_that_may_be_faster_by_chance_is_rejected(wide):
+    (rejected,) = variants.build(["int8"], wide, 100, compare=lambda *_: Comparison(1.3, 0.9, 90.0)).rejected
+
+    assert "but only 0.90 times in a quarter of the rounds" in rejected.reason
 
 
 def test_what_is_compared_is_the_variant_with_the_float_model(wide):
@@ -137,7 +146,7 @@ def test_what_is_compared_is_the_variant_with_the_float_model(wide):
 
     def compare(reference, candidate, pixels):
         seen.append((reference, candidate, pixels))
-        return 3.0, 300.0
+        return Comparison(3.0, 2.5, 300.0)
 
     ((kept, serialised),) = variants.build(["fp16"], wide, budget_points=5, compare=compare).kept
 
