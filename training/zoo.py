@@ -39,14 +39,16 @@ def zoo(names: tuple[str, ...], as_json: bool) -> None:
 
     from training import models
 
-    entries = [_entry(name) for name in names or models.names()]
+    console = Console()
+    with Console(stderr=True).status("Counting parameters and operations"):
+        entries = [_entry(name) for name in names or models.names()]
     if as_json:
         click.echo(json.dumps(entries, indent=2))
     elif names:
         for entry in entries:
-            _show(Console(), entry)
+            _show(console, entry)
     else:
-        _table(Console(), entries)
+        _table(console, entries)
 
 
 def _entry(name: str) -> dict[str, Any]:

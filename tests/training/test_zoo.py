@@ -24,9 +24,9 @@ def test_the_table_has_every_architecture_with_its_figures():
 
 
 def test_json_has_all_that_is_known():
-    entries = {entry["name"]: entry for entry in json.loads(run("--json").output)}
-    assert tuple(entries) == names()
-    resnet = entries["resnet50"]
+    lenet, resnet = json.loads(run("--json", "lenet5", "resnet50").stdout)
+    assert (lenet["name"], lenet["parameters"], lenet["classes"], lenet["weights"]) == ("lenet5", 61_706, 10, [])
+    assert (resnet["name"], resnet["multiply_adds"], resnet["classes"]) == ("resnet50", 4_089_184_256, 1000)
     assert [(w["file"], w["top1"], w["shorter_side"]) for w in resnet["weights"]] == [
         ("resnet50-0676ba61.pth", 76.13, 256),
         ("resnet50-11ad3fa6.pth", 80.858, 232),
