@@ -70,8 +70,8 @@ def load_weights(
     """Loads a checkpoint of the same architecture into `model`; on an error the model is unchanged.
 
     Two differences are no error. The file may have auxiliary heads that the model was built without. And it may lack
-    all of BatchNorm's `num_batches_tracked`, which PyTorch did not have before 0.4.1 and which most files of
-    torchvision's first series lack; the counters are not used in the computation.
+    all of BatchNorm's `num_batches_tracked`, which PyTorch did not have before 0.4.1 and which older files of
+    torchvision lack (resnet50-0676ba61, inception_v3_google-0cc3c7bd); they are not used in the computation.
 
     Args:
         model: of any device and floating-point type; values are converted.
