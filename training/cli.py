@@ -101,6 +101,43 @@ def train(
     display.say(f"  convoy classify IMAGE --server localhost:8500 --model {experiment.name}")
 
 
+@click.command(short_help="Draw what augmentation does to images.")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("augment-preview.png"),
+    show_default=True,
+    help="Picture to write.",
+)
+@click.option("--rows", type=click.IntRange(1, 64), default=8, show_default=True, help="Images.")
+@click.option("--columns", type=click.IntRange(2, 64), default=9, show_default=True, help="Versions of each.")
+@click.option("--config", help="Experiment file or name, as for `convoy train`.")
+@setting_options
+def augment_preview(
+    data: Path,
+    output: Path,
+    *,
+    rows: int,
+    columns: int,
+    config: str | None,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Write a grid of augmented images of DATA; the first column is the originals.
+
+    Takes the flags of `convoy train`, so that what is drawn is what that command would train on.
+    """
+    require_extra()
+    from training.config import find_experiment, load_experiment
+    from training.display import console_of_process
+    from training.preview import write_preview
+
+    experiment = load_experiment(find_experiment(config) if config else None, overrides_of(flags, assignments))
+    count = write_preview(experiment, data, output, rows=rows, columns=columns)
+    console_of_process().say(f"Wrote {output}: {count} images, originals on the left")
+
+
 @click.command(short_help="Train on real digits, serve the model, classify over gRPC.")
 @click.option(
     "--folder",

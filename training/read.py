@@ -111,7 +111,7 @@ def read_images(
 
     def read(chunk: range) -> int:
         for i in chunk:
-            fault = _read_one(listing.file(i), spec, min_side_pixels, pixels[i], digests[i])
+            fault = _read_into(listing.file(i), spec, min_side_pixels, pixels[i], digests[i])
             if fault:
                 faults[i] = Fault(listing.paths[i], *fault)
         return len(chunk)
@@ -123,6 +123,12 @@ def read_images(
     usable = np.setdiff1d(np.arange(len(listing)), np.fromiter(faults, dtype=np.int64))
     found = [faults[i] for i in sorted(faults)]
     return _checked(Dataset(listing, pixels, digests, usable), found), found
+
+
+def read_one(file: Path, spec: InputSpec) -> NDArray[np.uint8] | None:
+    """One image as uint8[H, W, C]; None if it cannot be used."""
+    out = np.empty(spec.shape, dtype=np.uint8)
+    return None if _read_into(file, spec, 1, out, np.empty(16, dtype=np.uint8)) else out
 
 
 def count_channels(listing: Listing, sample: int = 256) -> int:
@@ -141,7 +147,7 @@ def _modes(files: Iterator[Path]) -> Iterator[str]:
             continue  # reading reports it, with its path
 
 
-def _read_one(
+def _read_into(
     file: Path, spec: InputSpec, min_side_pixels: int, out: NDArray[np.uint8], digest: NDArray[np.uint8]
 ) -> tuple[str, str] | None:
     try:
