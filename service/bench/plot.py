@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from service.bench.summary import Summary
+from service.bench.summary import Summary, percentile
 
 _WIDTH, _HEIGHT = 460, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 40, 48
@@ -133,8 +133,7 @@ def _percentile_curve(summary: Summary) -> Points:
     points = []
     for position in np.linspace(0, end, _POINTS_PER_LINE):
         percent = 100 * (1 - 10**-position)
-        value = float(np.percentile(latencies, percent, method="inverted_cdf"))
-        points.append((float(position), math.log10(max(value, 1e-3))))
+        points.append((float(position), math.log10(max(percentile(latencies, percent), 1e-3))))
     return points
 
 

@@ -7,6 +7,7 @@ failed are counted by status, with their own median.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ def summarise(measurement: Measurement) -> Summary:
     answered = [s for s in measurement.samples if s.status == OK and start_s <= s.ended_s < stop_s]
     good = [s for s in answered if s.ended_s - s.intended_s <= measurement.deadline_s]
     latencies = np.sort([(s.ended_s - s.intended_s) * 1e3 for s in counted if s.status == OK])
-    delay_p99_ms = _percentile(np.sort([(s.sent_s - s.intended_s) * 1e3 for s in counted]), 99)
-    lag_p99_ms = _percentile(np.sort(measurement.lag_s) * 1e3, 99)
+    delay_p99_ms = percentile(np.sort([(s.sent_s - s.intended_s) * 1e3 for s in counted]), 99)
+    lag_p99_ms = percentile(np.sort(measurement.lag_s) * 1e3, 99)
 
     def rate(count: float) -> float:
         return count / seconds if seconds > 0 else 0.0
@@ -98,7 +99,7 @@ def summarise(measurement: Measurement) -> Summary:
         throughput=rate(len(answered)),
         goodput=rate(len(good)),
         images=rate(sum(s.images - s.bad_images for s in answered)),
-        percentiles_ms={f"p{p:g}": _percentile(latencies, p) for p in PERCENTILES} if len(latencies) else {},
+        percentiles_ms={f"p{p:g}": percentile(latencies, p) for p in PERCENTILES} if len(latencies) else {},
         max_ms=float(latencies[-1]) if len(latencies) else None,
         mean_ms=float(latencies.mean()) if len(latencies) else None,
         failures=_failures(counted),
@@ -112,6 +113,15 @@ def summarise(measurement: Measurement) -> Summary:
     )
 
 
+def percentile(ascending: NDArray[np.float64], percent: float) -> float:
+    """The smallest value that at least `percent` of all do not exceed; 0 if there is none."""
+    if not len(ascending):
+        return 0.0
+    # 99.9% of 1000 is 999, and not a little more for want of binary digits.
+    rank = math.ceil(percent / 100 * len(ascending) - 1e-6)
+    return float(ascending[max(rank, 1) - 1])
+
+
 def histogram(latencies_ms: NDArray[np.float64]) -> list[tuple[float, int]]:
     """Upper bounds (ms) of logarithmic bins, and how many latencies fell into each, from the first that has any."""
     if not len(latencies_ms):
@@ -121,18 +131,12 @@ def histogram(latencies_ms: NDArray[np.float64]) -> list[tuple[float, int]]:
     return [(float(10 ** (step / _BINS_PER_DECADE)), counts[step]) for step in range(min(counts), max(counts) + 1)]
 
 
-def _percentile(ascending: NDArray[np.float64], percent: float) -> float:
-    if not len(ascending):
-        return 0.0
-    return float(np.percentile(ascending, percent, method="inverted_cdf"))
-
-
 def _failures(samples: Sequence[Sample]) -> dict[str, Failures]:
     by_status: dict[str, list[float]] = {}
     for sample in samples:
         if sample.status != OK:
             by_status.setdefault(sample.status, []).append((sample.ended_s - sample.intended_s) * 1e3)
-    return {status: Failures(len(found), _percentile(np.sort(found), 50)) for status, found in by_status.items()}
+    return {status: Failures(len(found), percentile(np.sort(found), 50)) for status, found in by_status.items()}
 
 
 def _server(samples: Sequence[Sample]) -> dict[str, float]:
