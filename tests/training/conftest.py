@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from service.artifact import InputSpec, Weights
+from training.data import Listing
+from training.pixels import Normaliser, channel_statistics
+from training.prepare import Prepared
+from training.read import Dataset
+from training.split import Split
 from training.trained import Trained
 
 DIGITS = InputSpec(height=8, width=8, channels=1)
@@ -79,3 +86,43 @@ def digits_trained(tmp_path_factory):
         ],
         holdout_paths=paths,
     )
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory):
+    """300 of scikit-learn's digits as PNG files of 8x8, a folder per class."""
+    images, labels = load_digits(return_X_y=True)
+    folder = tmp_path_factory.mktemp("digit-folder") / "digits"
+    for number in range(300):
+        target = folder / str(labels[number])
+        target.mkdir(parents=True, exist_ok=True)
+        pixels = (images[number].reshape(8, 8) * (255 / 16)).round().astype(np.uint8)
+        Image.fromarray(pixels).save(target / f"{number:04d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digit_data():
+    """The same 300 digits, decoded to 16x16 and split 240, 30, 30, as training prepares them."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = (images[:300].reshape(-1, 8, 8, 1) * (255 / 16)).round().astype(np.uint8)
+    pixels = pixels.repeat(2, axis=1).repeat(2, axis=2)
+    labels = labels[:300].astype(np.int64)
+    listing = Listing(
+        root=Path("digits"),
+        paths=tuple(f"{label}/{number}.png" for number, label in enumerate(labels)),
+        labels=labels,
+        classes=tuple(map(str, range(10))),
+        splits=np.full(300, -1, dtype=np.int8),
+    )
+    digests = np.arange(300 * 16, dtype=np.int64).astype(np.uint8).reshape(300, 16)
+    split = Split(train=np.arange(240), validation=np.arange(240, 270), test=np.arange(270, 300))
+    dataset = Dataset(listing, pixels, digests, np.arange(300))
+    spec = InputSpec(height=16, width=16, channels=1)
+    return Prepared(dataset, split, spec, Normaliser(*channel_statistics(pixels, split.train)), ())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small operators on shared cores are fastest, and repeatable, on one thread."""
+    torch.set_num_threads(1)

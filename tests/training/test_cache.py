@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from service.artifact import InputSpec
+from service.errors import DataError
+from training.cache import choose, read_mapped
+from training.data import list_images
+from training.read import read_images
+
+SPEC = InputSpec(height=16, width=16, channels=1)
+
+
+def mapped(folder, parent, spec=SPEC):
+    done = []
+    dataset, faults = read_mapped(
+        list_images(folder), spec, parent, min_side_pixels=4, workers=2, advance=done.append
+    )
+    return dataset, faults, sum(done)
+
+
+def test_a_mapped_file_holds_what_memory_would(digit_folder, tmp_path):
+    dataset, _, _ = mapped(digit_folder, tmp_path)
+    expected, _ = read_images(list_images(digit_folder), SPEC, min_side_pixels=4)
+    assert isinstance(dataset.images, np.memmap)
+    np.testing.assert_array_equal(dataset.images, expected.images)
+    assert dataset.digest() == expected.digest()
+
+
+def test_the_next_run_opens_what_is_there(digit_folder, tmp_path):
+    first, _, _ = mapped(digit_folder, tmp_path)
+    file = next(tmp_path.glob("*/pixels.npy"))
+    written = file.stat().st_mtime_ns
+    second, _, done = mapped(digit_folder, tmp_path)
+    assert file.stat().st_mtime_ns == written
+    assert done == 300
+    np.testing.assert_array_equal(first.images, second.images)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_size_is_another_cache(digit_folder, tmp_path):
+    mapped(digit_folder, tmp_path)
+    dataset, _, _ = mapped(digit_folder, tmp_path, InputSpec(height=8, width=8, channels=1))
+    assert dataset.images.shape == (300, 8, 8, 1)
+
+
+def test_faults_are_kept_with_the_pixels(tmp_path, digit_folder):
+    images = tmp_path / "images"
+    for label in "01":
+        (images / label).mkdir(parents=True)
+        for file in sorted((digit_folder / label).iterdir())[:3]:
+            (images / label / file.name).write_bytes(file.read_bytes())
+    (images / "0" / "bad.png").write_text("no image")
+    _, first, _ = mapped(images, tmp_path / "cache")
+    dataset, again, _ = mapped(images, tmp_path / "cache")
+    assert [fault.path for fault in first] == ["0/bad.png"]
+    assert again == first
+    assert len(dataset) == 6
+
+
+def test_a_disk_that_cannot_be_written_is_said_so(digit_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be written"):
+        mapped(digit_folder, tmp_path / "file")
+
+
+def test_maps_on_demand_for_several_processes_and_for_what_is_too_large(digit_folder):
+    listing = list_images(digit_folder)
+    huge = InputSpec(height=8192, width=8192, channels=3)
+    assert choose("disk", listing, SPEC, shared=False)
+    assert choose("memory", listing, SPEC, shared=True)
+    assert choose("auto", listing, huge, shared=False)
+    assert not choose("auto", listing, SPEC, shared=False)
+    assert not choose("memory", listing, huge, shared=False)

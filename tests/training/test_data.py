@@ -1,0 +1,65 @@
+import pytest
+
+from service.errors import DataError
+from training.data import TEST, TRAIN, UNDECIDED, VALIDATION, list_images
+
+
+def make(root, *names):
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"any")
+
+
+def test_lists_a_folder_per_class_in_sorted_order(tmp_path):
+    make(tmp_path, "b/2.png", "b/1.JPG", "a/deep/3.webp", "a/.hidden.png", "a/notes.txt", ".git/x/y.png")
+    listing = list_images(tmp_path)
+    assert listing.classes == ("a", "b")
+    assert listing.paths == ("a/deep/3.webp", "b/1.JPG", "b/2.png")
+    assert listing.labels.tolist() == [0, 1, 1]
+    assert set(listing.splits.tolist()) == {UNDECIDED}
+    assert listing.file(0) == tmp_path / "a/deep/3.webp"
+
+
+def test_takes_over_the_parts_of_a_folder_that_has_them(tmp_path):
+    make(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "test/b/4.png")
+    listing = list_images(tmp_path)
+    found = dict(zip(listing.paths, listing.splits.tolist(), strict=True))
+    assert found == {
+        "train/a/1.png": TRAIN,
+        "train/b/2.png": TRAIN,
+        "val/a/3.png": VALIDATION,
+        "test/b/4.png": TEST,
+    }
+    assert [listing.classes[k] for k in listing.labels] == ["b", "a", "b", "a"]  # test, train, val
+
+
+def test_a_single_folder_called_train_is_a_class(tmp_path):
+    make(tmp_path, "train/1.png", "bus/2.png")
+    assert list_images(tmp_path).classes == ("bus", "train")
+
+
+def test_a_class_that_only_the_test_part_has_is_refused(tmp_path):
+    make(tmp_path, "train/a/1.png", "train/b/2.png", "test/c/3.png")
+    with pytest.raises(DataError, match=r"classes that the training part lacks: c"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "holds no images"),
+        (["1.png", "2.png"], "holds 2 images but no folders"),
+        (["a/1.png"], r"only one class \(a\)"),
+        (["a/1.png", "b/notes.txt"], "no images in b"),
+    ],
+)
+def test_says_what_is_wrong_with_a_folder(tmp_path, names, message):
+    make(tmp_path, *names)
+    with pytest.raises(DataError, match=message):
+        list_images(tmp_path)
+
+
+def test_a_missing_source_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere does not exist"):
+        list_images(tmp_path / "nowhere")

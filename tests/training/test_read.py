@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.artifact import InputSpec
+from service.errors import DataError
+from service.preprocess import preprocess
+from training.data import list_images
+from training.read import count_channels, read_images
+
+SPEC = InputSpec(height=16, width=16, channels=1)
+
+
+def save(path, seed, mode="L", side=24, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+
+
+def test_pixels_are_those_that_the_service_sees(tmp_path):
+    for number, label in enumerate(("a", "a", "b")):
+        save(tmp_path / label / f"{number}.jpg", number, "RGB", side=40, quality=90)
+    spec = InputSpec(height=16, width=16, channels=3)
+    dataset, faults = read_images(list_images(tmp_path), spec)
+    assert not faults
+    for row in range(3):
+        expected = preprocess(dataset.listing.file(row).read_bytes(), spec)
+        np.testing.assert_array_equal(dataset.images[row], expected)
+
+
+def test_faulty_files_are_reported_by_path_and_left_out(tmp_path):
+    for number in range(4):
+        save(tmp_path / "a" / f"{number}.png", number)
+        save(tmp_path / "b" / f"{number}.png", 10 + number)
+    (tmp_path / "a" / "text.jpg").write_text("hello")
+    (tmp_path / "a" / "empty.png").write_bytes(b"")
+    whole = (tmp_path / "b" / "0.png").read_bytes()
+    (tmp_path / "b" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    save(tmp_path / "b" / "tiny.png", 99, side=3)
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    done = []
+    dataset, faults = read_images(list_images(tmp_path), SPEC, min_side_pixels=4, advance=done.append)
+    assert {fault.path: fault.reason for fault in faults} == {
+        "a/text.jpg": "unsupported_format",
+        "a/empty.png": "empty",
+        "b/cut.png": "corrupt",
+        "b/tiny.png": "tiny",
+        "b/gone.png": "unreadable",
+    }
+    assert len(dataset) == 8
+    assert sum(done) == 13
+    assert np.bincount(dataset.labels[dataset.usable]).tolist() == [4, 4]
+
+
+def test_a_class_without_a_usable_file_stops_with_an_example(tmp_path):
+    save(tmp_path / "a" / "1.png", 1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.jpg").write_text("hello")
+    with pytest.raises(DataError, match=r"no usable image of class b .*b/x\.jpg"):
+        read_images(list_images(tmp_path), SPEC)
+
+
+def test_the_digest_follows_content_and_labels_but_not_faults(tmp_path):
+    for number, label in enumerate("aabb"):
+        save(tmp_path / label / f"{number}.png", number)
+    first, _ = read_images(list_images(tmp_path), SPEC)
+    (tmp_path / "a" / "bad.png").write_bytes(b"bad")
+    with_fault, _ = read_images(list_images(tmp_path), SPEC)
+    assert with_fault.digest() == first.digest()
+    (tmp_path / "a" / "1.png").rename(tmp_path / "b" / "1.png")
+    moved, _ = read_images(list_images(tmp_path), SPEC)
+    assert moved.digest() != first.digest()
+
+
+@pytest.mark.parametrize(("modes", "channels"), [("LL", 1), (("L", "RGB"), 3), (("1", "LA"), 1)])
+def test_channels_are_one_only_if_all_images_are_gray(tmp_path, modes, channels):
+    for number, mode in enumerate(modes):
+        save(tmp_path / "ab"[number] / "x.png", number, mode)
+    assert count_channels(list_images(tmp_path)) == channels

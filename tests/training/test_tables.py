@@ -1,0 +1,51 @@
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from service.errors import DataError
+from training.data import TEST, TRAIN, UNDECIDED, VALIDATION, list_images
+
+
+def test_reads_csv_with_splits_and_other_columns(tmp_path):
+    table = tmp_path / "images.csv"
+    table.write_text("who,label,path,split\nme,cat,x/1.png,train\n,dog,/abs/2.png,VAL\n,cat,3.png,\n,dog,4.png,test\n")
+    listing = list_images(table)
+    assert listing.classes == ("cat", "dog")
+    assert listing.paths == ("x/1.png", "/abs/2.png", "3.png", "4.png")
+    assert listing.labels.tolist() == [0, 1, 0, 1]
+    assert listing.splits.tolist() == [TRAIN, VALIDATION, UNDECIDED, TEST]
+    assert str(listing.file(1)) == "/abs/2.png"
+    assert listing.file(0) == tmp_path / "x/1.png"
+
+
+def test_reads_parquet_with_number_labels(tmp_path):
+    table = tmp_path / "images.parquet"
+    parquet.write_table(pyarrow.table({"path": ["1.png", "2.png"], "label": [7, 3]}), table)
+    listing = list_images(table)
+    assert listing.classes == ("3", "7")
+    assert listing.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\n1.png,a\n", r"has no column path \(it has: file, label\)"),
+        ("path,label\n1.png,a\n,b\n", "row 3: path or label is empty"),
+        ("path,label,split\n1.png,a,dev\n", "row 2: split 'dev'"),
+        ("path,label\n", "lists no images"),
+        ("path,label\n1.png,a\n2.png,a\n", "only one class"),
+        ("", "has no column path and label"),
+    ],
+)
+def test_says_which_row_is_wrong(tmp_path, text, message):
+    table = tmp_path / "images.csv"
+    table.write_text(text)
+    with pytest.raises(DataError, match=message):
+        list_images(table)
+
+
+def test_binary_files_are_no_tables(tmp_path):
+    for name in ("images.csv", "images.parquet"):
+        (tmp_path / name).write_bytes(b"path,label\n\xff\xfe\x00\x80")
+        with pytest.raises(DataError, match=f"{name} is no"):
+            list_images(tmp_path / name)
