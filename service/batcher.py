@@ -163,6 +163,7 @@ class Batcher(Generic[P, R]):
         self._wake = threading.Condition()
         self._closed = False
         self._running = 0  # images in batches that run now
+        self._notifying = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = [
             threading.Thread(target=self._own, args=(run,), name=f"{name}-{number}", daemon=True)
@@ -203,7 +204,9 @@ class Batcher(Generic[P, R]):
                 future.set_exception(DrainingError("the server is shutting down"))
                 return future
             self._queue.push(job, flow)
-            self._wake.notify()
+        if not self._notifying:
+            self._notifying = True
+            self._loop.call_soon(self._notify)
         return future
 
     async def close(self) -> None:
@@ -215,6 +218,15 @@ class Batcher(Generic[P, R]):
         for job in waiting:
             self._fail(job, DrainingError("the server is shutting down"))
         await asyncio.gather(*(asyncio.to_thread(thread.join) for thread in self._threads if thread.ident))
+
+    def _notify(self) -> None:
+        """Wakes an owner, once for all jobs of this turn of the loop.
+
+        Waking it for each would part what belongs together, and make two threads fight for the interpreter's lock.
+        """
+        self._notifying = False
+        with self._wake:
+            self._wake.notify()
 
     # --- on the owner threads
 

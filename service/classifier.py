@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.admission import Admission
-from service.decode import Decoder, Encoded
+from service.decode import Decoder, Encoded, Faults, decode_here, is_thumbnail
 from service.engine import Outputs
 from service.errors import ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
 from service.metrics import Metrics
@@ -149,29 +149,36 @@ class Classifier:
     async def _chunk(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
         spec = model.version.manifest.input
         work = Encoded(images, spec, self._limits, np.empty((len(images), *spec.shape), np.uint8))
-        decoded = await self._decoder.submit(work, len(images), deadline, flow=model.name, priority=query.priority)
-        faults = {position: fault for _, part in decoded.results for position, fault in part.items()}
+        faults, decoding = await self._decode(model.name, work, query, deadline)
         good = [position for position in range(len(images)) if position not in faults]
-        timing = Timing(decoded.queue_s, decoded.run_s, 0.0)
+        timing = decoding
         outcomes: list[Answer | InvalidImageError | None] = [faults.get(position) for position in range(len(images))]
         if good:
             pixels = work.pixels if not faults else work.pixels[good]
             inferred = await model.batcher.submit(pixels, len(good), deadline, priority=query.priority)
-            timing = Timing(decoded.queue_s + inferred.queue_s, decoded.run_s, inferred.run_s)
+            timing = Timing(decoding.queue_s + inferred.queue_s, decoding.decode_s, inferred.run_s)
             for position, answer in zip(good, answers(inferred.rejoined(join_outputs), query), strict=True):
                 outcomes[position] = answer
         return Result([outcome for outcome in outcomes if outcome is not None], timing)
 
+    async def _decode(self, flow: str, work: Encoded, query: Query, deadline: float) -> tuple[Faults, Timing]:
+        if all(map(is_thumbnail, work.images)):
+            began = time.monotonic()
+            return decode_here(work), Timing(0.0, time.monotonic() - began, 0.0)
+        job = await self._decoder.submit(work, len(work.images), deadline, flow=flow, priority=query.priority)
+        faults = {position: fault for _, part in job.results for position, fault in part.items()}
+        return faults, Timing(job.queue_s, job.run_s, 0.0)
+
     def _record(self, served: ServedModel, result: Result, seconds: float) -> None:
-        model, stage = served.name, self._metrics.stage_seconds
-        self._metrics.version_seconds.labels(model, str(served.number), "answer").observe(seconds)
-        stage.labels(model, "queue").observe(result.timing.queue_s)
-        stage.labels(model, "decode").observe(result.timing.decode_s)
-        stage.labels(model, "infer").observe(result.timing.inference_s)
+        series = self._metrics.answer_series(served.name, served.number)
+        series.total.observe(seconds)
+        series.queue.observe(result.timing.queue_s)
+        series.decode.observe(result.timing.decode_s)
+        series.infer.observe(result.timing.inference_s)
         faults = [outcome for outcome in result.outcomes if isinstance(outcome, InvalidImageError)]
-        self._metrics.images.labels(model, "classified").inc(len(result.outcomes) - len(faults))
+        series.classified.inc(len(result.outcomes) - len(faults))
         if faults:
-            self._metrics.images.labels(model, "failed").inc(len(faults))
+            series.failed.inc(len(faults))
         for fault in faults:
             self._metrics.image_errors.labels(fault.reason.value, fault.image_format).inc()
 
@@ -183,22 +190,25 @@ def answers(outputs: Outputs, query: Query) -> Iterator[Answer | InvalidImageErr
         outputs: float32[N, K] each.
         query: what to return.
     """
-    probabilities = outputs.probabilities
+    logits, probabilities = outputs
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, : query.top_k]
-    scores = np.take_along_axis(probabilities, best, axis=1)
-    finite = np.isfinite(probabilities) & np.isfinite(outputs.logits)
-    for row in range(len(best)):
-        if not finite[row].all():
+    clean = _is_finite(outputs)
+    for row, order in enumerate(best):
+        if not clean and not _is_finite(Outputs(logits[row], probabilities[row])):
             yield InvalidImageError(
                 ImageFault.NON_FINITE_OUTPUT,
                 "the model's output for this image is not finite; report it to the operator",
             )
             continue
-        pairs = zip(best[row].tolist(), scores[row].tolist(), strict=True)
+        pairs = zip(order.tolist(), probabilities[row, order].tolist(), strict=True)
         yield Answer(
             [(index, score) for index, score in pairs if score >= query.min_score],
-            outputs.logits[row] if query.logits else None,
+            logits[row] if query.logits else None,
         )
+
+
+def _is_finite(outputs: Outputs) -> bool:
+    return bool(np.isfinite(outputs.logits).all()) and bool(np.isfinite(outputs.probabilities).all())
 
 
 def _best(result: Result) -> list[int | None]:

@@ -28,6 +28,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry(auto_describe=True)
+        self._answer_series: dict[tuple[str, int], AnswerSeries] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
 
@@ -159,6 +160,13 @@ class Metrics:
             with contextlib.suppress(KeyError):
                 gauge.remove(*labels)
 
+    def answer_series(self, model: str, version: int) -> AnswerSeries:
+        """What every answered request of a version observes, looked up once."""
+        key = (model, version)
+        if key not in self._answer_series:
+            self._answer_series[key] = AnswerSeries(self, model, version)
+        return self._answer_series[key]
+
     def stage(self, name: str) -> StageObserver:
         """An observer for the batcher of a stage that belongs to no model (decode)."""
         return StageObserver(self, name)
@@ -170,6 +178,18 @@ class Metrics:
     def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
         """Lets a gauge read its value when it is scraped."""
         gauge.set_function(read)
+
+
+class AnswerSeries:
+    """The series of one version's answers: finding a series by its labels costs more than observing it."""
+
+    def __init__(self, metrics: Metrics, model: str, version: int) -> None:
+        self.total = metrics.version_seconds.labels(model, str(version), "answer")
+        self.queue = metrics.stage_seconds.labels(model, "queue")
+        self.decode = metrics.stage_seconds.labels(model, "decode")
+        self.infer = metrics.stage_seconds.labels(model, "infer")
+        self.classified = metrics.images.labels(model, "classified")
+        self.failed = metrics.images.labels(model, "failed")
 
 
 class StageObserver:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -121,4 +121,4 @@ def _request_id(context: Context) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID and isinstance(value, str) and 0 < len(value) <= _MAX_ID_LENGTH and value.isprintable():
             return value
-    return uuid.uuid4().hex
+    return f"{random.getrandbits(128):032x}"
