@@ -25,6 +25,7 @@ _OWN = {
     "inspect": "inspect",
     "load": "admin",
     "models": "models",
+    "plan": "plan",
     "route": "admin",
     "serve": "serve",
     "status": "admin",

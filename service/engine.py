@@ -1,36 +1,36 @@
 """Runs a model version on ONNX Runtime: `uint8[N, H, W, C]` in, `float32[N, K]` out.
 
-The only importer of onnxruntime. Everything above knows the port `Engine`, and is tested with a toy one.
+Everything above knows the port `Engine`, and is tested with a toy one. onnxruntime is imported by this module's parts
+alone: `service.sessions` loads, `service.runners` runs, `service.openvino` registers the plugin.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service import artifact, providers
+from service import artifact, faults, sessions
 from service.artifact import ModelVersion
-from service.errors import ArtifactError, EngineError, OutOfMemoryError, ProviderError
+from service.errors import DeviceLostError, OutOfMemoryError
+from service.providers import GPU_PROVIDERS, Plan
+from service.runners import CudaRunner, HostRunner, Outputs, Runner
+from service.sessions import Loaded
 
-_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+__all__ = ["Engine", "OrtEngine", "Outputs", "build", "executors", "warm_up"]
 
-
-class Outputs(NamedTuple):
-    """Of N images: `logits` and `probabilities`, float32[N, K] each."""
-
-    logits: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
+# The first run of a bucket allocates, the next one captures a CUDA graph; the rest are measured.
+_COLD_RUNS = 2
+_MEASURED_RUNS = 2
 
 
 class Engine(Protocol):
-    """What the layers above need of a runtime."""
+    """What the layers above need of a runtime: one executor, used by one thread at a time."""
 
     @property
     def provider(self) -> str:
@@ -56,103 +56,148 @@ class Engine(Protocol):
 
 
 class OrtEngine:
-    """A session of ONNX Runtime with an input buffer of its own.
+    """One executor.
 
     Not thread-safe: one owner thread calls `infer`.
 
     Args:
-        version: the verified model version.
-        plan: provider and threads.
-        max_batch_size: the largest bucket; the others are the powers of two below it.
-        variant: file name of the variant to run.
+        runner: where batches run.
+        plan: provider, threads and precision.
+        variant: file name of the variant that runs.
+        buckets: batch sizes of the runner, ascending.
 
-    Raises:
-        ArtifactError: the graph cannot be loaded, or its signature breaks the contract.
-        ProviderError: ONNX Runtime took another provider than the planned one.
+    Attributes:
+        provider: the execution provider.
+        plan: as given.
+        variant: as given.
+        buckets: as given.
+        measured_s: seconds of each bucket, after `warm_up`.
     """
 
-    def __init__(
-        self, version: ModelVersion, plan: providers.Plan, max_batch_size: int, variant: str = artifact.MODEL
-    ) -> None:
-        self._version = version
+    def __init__(self, runner: Runner, plan: Plan, variant: str, buckets: Sequence[int]) -> None:
+        self.provider = plan.provider
+        self.plan = plan
         self.variant = variant
+        self.buckets = tuple(buckets)
         self.measured_s: dict[int, float] = {}
-        self.buckets = batch_buckets(max_batch_size)
-        self._session = _session(version.file(variant), plan)
-        artifact.check_signature(
-            version.manifest, _signature(self._session, "inputs"), _signature(self._session, "outputs")
-        )
-        self.provider: str = self._session.get_providers()[0]
-        if self.provider != plan.provider:
-            raise ProviderError(f"{version.path}: asked for {plan.provider}, ONNX Runtime took {self.provider}")
-        self._buffer = np.zeros((max_batch_size, *version.manifest.input.shape), np.uint8)
+        self._runner = runner
+        self._lost = ""
 
     def infer(self, chunks: Sequence[NDArray[np.uint8]]) -> Outputs:
         """Runs one batch, padded with the buffer's old content to the next bucket.
 
+        When the device's memory is exhausted the batch is run once more in two halves.
+
         Raises:
-            OutOfMemoryError: the allocator is exhausted.
+            OutOfMemoryError: the halves did not fit either.
+            DeviceLostError: nothing more can run in this process; every later call fails the same way.
             EngineError: the runtime failed in another way.
         """
         count = 0
         for chunk in chunks:
-            self._buffer[count : count + len(chunk)] = chunk
+            self._runner.pixels[count : count + len(chunk)] = chunk
             count += len(chunk)
-        bucket = next(size for size in self.buckets if size >= count)
-        with _translated_errors():
-            logits, probabilities = self._session.run(
-                [artifact.LOGITS_NAME, artifact.PROBABILITIES_NAME], {artifact.INPUT_NAME: self._buffer[:bucket]}
-            )
-        return Outputs(logits[:count], probabilities[:count])
-
-    def close(self) -> None:
-        """Drops the session and its arena."""
-        del self._session
+        try:
+            return self._run(count)
+        except OutOfMemoryError:
+            if count == 1:
+                raise
+            return self._run_halves(count)
 
     def warm_up(self) -> None:
-        """Runs every bucket, so that no request pays for a first time, and measures it."""
-        for bucket in self.buckets:
-            self.infer([self._buffer[:bucket]])
-            began = time.monotonic()
-            self.infer([self._buffer[:bucket]])
-            self.measured_s[bucket] = time.monotonic() - began
+        """Runs every bucket until nothing about it is new, and measures it, so that no request pays for a first time.
+
+        The largest goes first: the arena then grows once.
+        """
+        for bucket in reversed(self.buckets):
+            for _ in range(_COLD_RUNS):
+                self._run(bucket)
+            timed = [self._timed(bucket) for _ in range(_MEASURED_RUNS)]
+            self.measured_s[bucket] = min(timed)
+        self._run(self.buckets[0], last_of_warm_up=True)
+
+    def close(self) -> None:
+        """Drops the buffers and the session; its memory is freed with the last executor that shares it."""
+        self._runner.close()
+
+    def _timed(self, bucket: int) -> float:
+        began = time.perf_counter()
+        self._run(bucket)
+        return time.perf_counter() - began
+
+    def _run(self, count: int, *, last_of_warm_up: bool = False) -> Outputs:
+        """The first `count` images of the buffer. The result is the caller's to keep."""
+        if self._lost:
+            raise DeviceLostError(self._lost)
+        bucket = next(size for size in self.buckets if size >= count)
+        try:
+            logits, probabilities = self._runner.run(bucket, last_of_warm_up=last_of_warm_up)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
+            meant = faults.translate(error)
+            if isinstance(meant, DeviceLostError):
+                self._lost = str(meant)
+            raise meant from error
+        return Outputs(logits[:count].copy(), probabilities[:count].copy())
+
+    def _run_halves(self, count: int) -> Outputs:
+        half = (count + 1) // 2
+        first = self._run(half)
+        self._runner.pixels[: count - half] = self._runner.pixels[half:count]
+        second = self._run(count - half)
+        return Outputs(
+            np.concatenate([first.logits, second.logits]),
+            np.concatenate([first.probabilities, second.probabilities]),
+        )
 
 
-def batch_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Powers of two up to `max_batch_size`, and that itself."""
-    powers = [1 << bit for bit in range(max_batch_size.bit_length()) if 1 << bit < max_batch_size]
-    return (*powers, max_batch_size)
+def build(
+    version: ModelVersion,
+    plan: Plan,
+    max_batch_size: int,
+    variant: str = artifact.MODEL,
+    engine_cache: Path | None = None,
+) -> list[OrtEngine]:
+    """Loads a variant and makes its executors; `warm_up` is left to the caller.
+
+    Args:
+        version: the verified model version.
+        plan: provider, threads, executors.
+        max_batch_size: the largest bucket.
+        variant: file name of the variant to run.
+        engine_cache: directory for compiled TensorRT engines; None caches nothing.
+
+    Raises:
+        ArtifactError: the graph cannot be loaded, or its signature breaks the contract.
+        ProviderError: the provider is missing or refuses the model.
+        OutOfMemoryError, DeviceLostError, EngineError: there is no room for the buffers, or the device failed.
+    """
+    buckets = plan.buckets(max_batch_size)
+    return executors(version, sessions.load(version, variant, plan, buckets, engine_cache), variant, buckets)
 
 
-def available_providers() -> list[str]:
-    """Execution providers of this build of ONNX Runtime."""
-    return list(ort.get_available_providers())
-
-
-def _session(path: Path, plan: providers.Plan) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = plan.intra_op_threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
-    # Spinning threads burn the quota of the decode threads beside them.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+def executors(version: ModelVersion, loaded: Loaded, variant: str, buckets: Sequence[int]) -> list[OrtEngine]:
+    """The executors of a loaded model: one for each GPU, or as many as the plan says on one shared session."""
+    plan, shape, classes = loaded.plan, version.manifest.input.shape, len(version.manifest.classes)
+    runners: list[Runner]
     try:
-        return ort.InferenceSession(path, options, providers=[plan.provider])
+        if plan.provider in GPU_PROVIDERS:
+            runners = [
+                CudaRunner(session, gpu, buckets, shape, classes, graphs=loaded.graphs)
+                for session, gpu in zip(loaded.sessions, plan.gpus, strict=True)
+            ]
+        else:
+            runners = [HostRunner(loaded.sessions[0], buckets, shape, classes) for _ in range(plan.executors)]
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
-        raise ArtifactError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
+        raise faults.translate(error) from error
+    return [OrtEngine(runner, plan, variant, buckets) for runner in runners]
 
 
-def _signature(session: ort.InferenceSession, side: str) -> dict[str, tuple[str, list[int | str | None]]]:
-    nodes = session.get_inputs() if side == "inputs" else session.get_outputs()
-    return {node.name: (node.type, list(node.shape)) for node in nodes}
+def warm_up(engines: Sequence[OrtEngine]) -> None:
+    """Warms up all executors at the same time, as they will run: what they measure includes what they share.
 
-
-@contextlib.contextmanager
-def _translated_errors() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
-        text = str(error)
-        if "Failed to allocate memory" in text or "out of memory" in text.lower():
-            raise OutOfMemoryError(text) from error
-        raise EngineError(text) from error
+    Raises:
+        EngineError: a bucket cannot be run.
+    """
+    with ThreadPoolExecutor(len(engines), thread_name_prefix="warm-up") as pool:
+        for future in [pool.submit(engine.warm_up) for engine in engines]:
+            future.result()

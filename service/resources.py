@@ -40,6 +40,21 @@ def cgroup_quota(cgroup: Path = _CGROUP) -> float | None:
     return quota_us / period_us if quota_us > 0 and period_us > 0 else None
 
 
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
+    """Name of the CPU and the instruction sets it has, as Linux spells them; empty where it cannot be read."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "", frozenset()
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip().lower(), value.strip())
+    # ARM names neither model nor flags that way: "CPU part" and "Features".
+    name = facts.get("model name") or facts.get("cpu part", "")
+    return name, frozenset((facts.get("flags") or facts.get("features", "")).split())
+
+
 def rss_bytes() -> int:
     """Resident memory of this process in bytes; 0 where /proc is missing."""
     try:

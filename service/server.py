@@ -12,12 +12,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from service import engine, logs, providers, resources, serving
+from service import logs, resources, selection, serving
 from service.admission import Admission
 from service.artifact import ModelVersion
 from service.classifier import Classifier
 from service.decode import decode_pool
-from service.engine import Engine, OrtEngine
+from service.engine import Engine
 from service.errors import ConvoyError, DeviceLostError
 from service.http import HttpServer
 from service.metrics import Metrics
@@ -27,6 +27,7 @@ from service.rpc.admin import Admin
 from service.rpc.credentials import TlsFiles
 from service.rpc.listener import AdminListener, Listener, Options
 from service.rpc.servicer import ImageClassifier
+from service.selection import Selector
 from service.serving import ServedModel
 from service.settings import Settings
 from service.sources import open_source
@@ -59,7 +60,7 @@ class Server:
         cpus = resources.cpu_count()
 
         self.metrics = metrics = Metrics()
-        self._plan = providers.cpu_plan(engine.available_providers(), cpus, settings.intra_op_threads)
+        self._selector = Selector(selection.this_machine(), settings.cache_dir)
         self._admission = Admission(settings.max_pending_images, settings.max_pending_bytes)
         self._decoder = decode_pool(settings.decode_threads or cpus, metrics.stage("decode"))
         self.repository = Repository(
@@ -172,9 +173,7 @@ class Server:
         )
 
     def _build_engines(self, version: ModelVersion) -> list[Engine]:
-        built = OrtEngine(version, self._plan, self._settings.max_batch_size)
-        built.warm_up()
-        return [built]
+        return [*self._selector.build(version, self._settings.wishes(version.manifest.name))]
 
     # --- ending
 

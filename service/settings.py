@@ -21,11 +21,16 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
+from service.candidates import Wishes
 from service.errors import ConfigurationError
 
 MIB = 1 << 20
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+# By provider, ONNX Runtime's own options: {"cuda": {"gpu_mem_limit": "4294967296"}}.
+ProviderOptions = Mapping[str, Mapping[str, str | int | float]]
 
 
 class ModelSettings(BaseModel):
@@ -38,6 +43,15 @@ class ModelSettings(BaseModel):
         default_factory=dict, description="Weight of each version for requests that name none."
     )
     shadow: int | None = Field(None, description="Version that gets a copy of every request and never answers.")
+
+    # --- providers; what is not set is as for every model
+    providers: tuple[str, ...] | None = Field(None, description="See the setting of that name, as the others below.")
+    provider_options: ProviderOptions | None = None
+    allow_fallback: bool | None = None
+    variant: str | None = None
+    executors: Annotated[int, Field(ge=0, le=256)] | None = None
+    intra_op_threads: Annotated[int, Field(ge=0, le=256)] | None = None
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
 class Settings(BaseSettings):
@@ -120,7 +134,38 @@ class Settings(BaseSettings):
         0, ge=0, le=256, description="Threads that decode images; 0 takes one for each CPU of the cgroup's quota."
     )
     intra_op_threads: int = Field(
-        0, ge=0, le=256, description="Threads of ONNX Runtime for one batch; 0 takes the cgroup's CPU quota."
+        0, ge=0, le=256, description="CPU threads for one batch; 0 chooses from the cgroup's quota."
+    )
+
+    # --- providers
+    providers: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("auto",),
+        description="Execution providers to choose from, separated by commas: tensorrt, cuda, openvino, cpu; "
+        "auto takes those for GPUs if there is one, else those for CPUs. One that is named and missing is an error.",
+    )
+    provider_options: ProviderOptions = Field(
+        default_factory=dict, description="By provider, ONNX Runtime's own options; in the settings file only."
+    )
+    allow_fallback: bool = Field(
+        False, description="Go on with other providers, in the end the CPU, where those asked for cannot run."
+    )
+    variant: str = Field(
+        "auto", description="Variant to run: fp32, fp16, int8, trt-int8; auto takes the fastest that is right."
+    )
+    executors: int = Field(
+        0, ge=0, le=256, description="Batches of a model at a time on the CPU; 0 chooses from the cgroup's quota."
+    )
+    cpu_batch_ms: float = Field(
+        100.0,
+        ge=0,
+        description="Time that the largest batch may take on a CPU, in milliseconds: larger ones are no faster there "
+        "and make others wait. 0 leaves it to max_batch_size.",
+    )
+    plan_budget_s: float = Field(
+        10.0,
+        ge=0,
+        description="Seconds for measuring the variants of a model at its first load; what was not tried by then is "
+        "left out.",
     )
 
     # --- life cycle
@@ -144,7 +189,7 @@ class Settings(BaseSettings):
         "auto", description="auto: console on a terminal, JSON lines otherwise."
     )
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "providers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
@@ -154,6 +199,22 @@ class Settings(BaseSettings):
     @classmethod
     def _expanded(cls, value: Path) -> Path:
         return value.expanduser()
+
+    def wishes(self, model: str) -> Wishes:
+        """What is asked of a model's engine: its own settings, and for the rest those of every model."""
+        own = self.model_settings.get(model, ModelSettings()).model_dump(exclude_none=True)
+        options = own.get("provider_options", self.provider_options)
+        return Wishes(
+            providers=own.get("providers", self.providers),
+            options={name: {key: str(value) for key, value in given.items()} for name, given in options.items()},
+            allow_fallback=own.get("allow_fallback", self.allow_fallback),
+            variant=own.get("variant", self.variant),
+            executors=own.get("executors", self.executors),
+            intra_op_threads=own.get("intra_op_threads", self.intra_op_threads),
+            max_batch_size=own.get("max_batch_size", self.max_batch_size),
+            batch_limit_s=self.cpu_batch_ms / 1000,
+            budget_s=self.plan_budget_s,
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -25,13 +25,12 @@ def inspect(version_dir: Path, as_json: bool) -> None:
     VERSION_DIR is <repository>/<model>/<number>. Checks every file against its SHA-256, the graph against the labels,
     and runs the canary images on the CPU; ends with 3 if anything is wrong.
     """
-    from service import artifact, canary, engine, providers, resources
+    from service import artifact, canary, engine, providers
 
     if not version_dir.is_dir():
         raise ConfigurationError(f"{version_dir} is no directory; name <repository>/<model>/<number>")
     version = artifact.load(version_dir)
-    plan = providers.cpu_plan(engine.available_providers(), resources.cpu_count())
-    difference = canary.check(version, engine.OrtEngine(version, plan, max_batch_size=8))
+    difference = canary.check(version, engine.build(version, providers.cpu_plan(1), max_batch_size=8)[0])
     if as_json:
         click.echo(version.manifest.model_dump_json(indent=2))
         return

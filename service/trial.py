@@ -1,0 +1,134 @@
+"""Tries one candidate: loads it, holds it against the canary, and measures it as it would run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from service import canary, engine, sessions
+from service.artifact import ModelVersion
+from service.candidates import Candidate
+from service.engine import OrtEngine
+from service.errors import ArtifactError, ConvoyError
+from service.plan_cache import Row
+from service.preprocess import Pixels
+from service.providers import CPU, GPU_PROVIDERS
+from service.sessions import Loaded
+
+# On a CPU the time is proportional to the images; a GPU is measured with the batches that it was bought for.
+_CPU_BATCH = 4
+# A candidate is measured until this has passed, with at least and at most so many batches on each executor.
+_SLICE_S = 0.25
+_MIN_BATCHES = 2
+_MAX_BATCHES = 30
+
+
+def run(
+    version: ModelVersion, candidate: Candidate, max_batch_size: int, images: Pixels, engine_cache: Path
+) -> tuple[Row, Loaded | None]:
+    """The candidate's row in the table, and the loaded model if it passed.
+
+    Args:
+        version: the model version.
+        candidate: what to try.
+        max_batch_size: largest batch that will run.
+        images: the canary's, uint8[M, H, W, C].
+        engine_cache: directory for compiled TensorRT engines.
+    """
+    began = time.monotonic()
+    engines: list[OrtEngine] = []
+    plan, file = candidate.plan, candidate.variant.file
+    buckets = plan.buckets(max_batch_size)
+    try:
+        loaded = sessions.load(version, file, plan, buckets, engine_cache)
+        on_gpu = plan.provider in GPU_PROVIDERS
+        # On a CPU any size runs, and buffers for all of them would only be made twice.
+        batch = buckets[-1] if on_gpu else min(_CPU_BATCH, max_batch_size)
+        engines = engine.executors(version, loaded, file, buckets if on_gpu else (batch,))
+        difference = _canary_difference(version, engines[0], images)
+        load_s = time.monotonic() - began
+        speed = images_per_second(engines, np.resize(images, (batch, *images.shape[1:])))
+    except ArtifactError as error:
+        return row(candidate, outcome="refused", note=str(error)), None
+    except ConvoyError as error:
+        return row(candidate, outcome="failed", note=str(error)), None
+    finally:
+        for one in engines:
+            one.close()
+    passed = row(
+        candidate,
+        outcome="slower",
+        load_s=round(load_s, 4),
+        difference=difference,
+        images_per_second=round(speed, 2),
+        batch=batch,
+        nodes=dict(loaded.nodes),
+    )
+    return passed, loaded
+
+
+def images_per_second(engines: Sequence[OrtEngine], images: Pixels) -> float:
+    """Throughput of all executors at once, at batches of `images`, uint8[B, H, W, C].
+
+    On a CPU it is worked out from the CPU time that an image costs. That is what counts in a service whose decoders
+    want the same CPUs, and it does not mistake a busy neighbour for a slow model.
+
+    Raises:
+        EngineError: a batch failed.
+    """
+    plan = engines[0].plan
+    wall_began, process_began = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(len(engines)) as pool:
+        shares = list(pool.map(lambda one: _measure(one, images), engines))
+    wall_s, process_s = time.perf_counter() - wall_began, time.process_time() - process_began
+    if plan.provider in GPU_PROVIDERS:
+        return sum(len(images) / share.batch_s for share in shares)
+    threads = plan.executors * plan.intra_op_threads
+    # With one thread a batch is computed by its caller, whose own clock no other work in this process can advance.
+    own = plan.provider == CPU and plan.intra_op_threads == 1
+    cpu_s = sum(share.cpu_s for share in shares) if own else min(process_s, wall_s * threads)
+    return threads * sum(share.batches for share in shares) * len(images) / max(cpu_s, 1e-9)
+
+
+def row(candidate: Candidate, **values: Any) -> Row:
+    """A row about a candidate."""
+    plan, variant = candidate.plan, candidate.variant
+    return Row(
+        provider=plan.provider,
+        variant=variant.name,
+        file=variant.file,
+        precision=plan.precision,
+        executors=plan.executors,
+        threads=plan.intra_op_threads,
+        **values,
+    )
+
+
+def _canary_difference(version: ModelVersion, one: OrtEngine, images: Pixels) -> float:
+    step = one.buckets[-1]
+    found = [one.infer([images[i : i + step]]).probabilities for i in range(0, len(images), step)]
+    return canary.compare(version, np.concatenate(found), one)
+
+
+class _Share(NamedTuple):
+    """What one executor did: its batches, the CPU seconds of its thread, and the median seconds of a batch."""
+
+    batches: int
+    cpu_s: float
+    batch_s: float
+
+
+def _measure(one: OrtEngine, images: Pixels) -> _Share:
+    began, cpu_began = time.perf_counter(), time.thread_time()
+    took_s: list[float] = []
+    while len(took_s) < _MIN_BATCHES or (len(took_s) < _MAX_BATCHES and time.perf_counter() - began < _SLICE_S):
+        start = time.perf_counter()
+        one.infer([images])
+        took_s.append(time.perf_counter() - start)
+    return _Share(len(took_s), time.thread_time() - cpu_began, median(took_s))
