@@ -2,8 +2,7 @@
 
 Limits are held against this header before any decoder sees the bytes, so that a pixel bomb costs microseconds. The
 parsers follow ITU-T T.81 (JPEG), the PNG specification, third edition, RFC 9649 (WebP), the GIF89a specification and
-Microsoft's BITMAPINFOHEADER; orientation is tag 0x0112 of EXIF 2.32 (CIPA DC-008). Nothing is read past the bytes
-given, and the number of blocks visited is bounded.
+Microsoft's BITMAPINFOHEADER. Nothing is read past the bytes given, and the number of blocks visited is bounded.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from service import exif
 from service.errors import ImageFault, InvalidImageError
 
 # Far above what encoders write (a 32 MiB PNG in blocks of 4 KiB has 8,192), far below what would hold the
@@ -23,12 +23,10 @@ MAX_BLOCKS = 65_536
 MAX_SCANS = 200
 
 _MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
-_ORIENTATION_TAG = 0x0112
-_SHORT = 3
-_UPRIGHT = 1
 # Start-of-frame markers of the Huffman and arithmetic coded, sequential and progressive processes.
 _DECODABLE_SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 _OTHER_SOF = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
+_BMP_UNCOMPRESSED = frozenset({0, 3, 6})  # BI_RGB, BI_BITFIELDS, BI_ALPHABITFIELDS
 _PROGRESSIVE_SOF = frozenset({0xC2, 0xCA})
 _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
@@ -45,7 +43,7 @@ class Header:
     format: str
     width: int
     height: int
-    orientation: int = _UPRIGHT
+    orientation: int = exif.UPRIGHT
     components: int = 0
 
 
@@ -85,13 +83,13 @@ def _corrupt(name: str, what: str) -> InvalidImageError:
 
 def _jpeg(data: bytes) -> Header:
     height = width = components = 0
-    orientation = _UPRIGHT
+    orientation = exif.UPRIGHT
     for marker, start, end in _jpeg_segments(data):
         if marker in _DECODABLE_SOF or marker in _OTHER_SOF:
             precision, height, width, components = struct.unpack_from(">BHHB", data, start)
             _check_jpeg_process(data, marker, precision, components)
         elif marker == _APP1 and data[start : start + 6] == b"Exif\0\0":
-            orientation = exif_orientation(data[start + 6 : end])
+            orientation = exif.orientation(data[start + 6 : end])
     return Header("JPEG", width, height, orientation, components)
 
 
@@ -136,7 +134,7 @@ def _png(data: bytes) -> Header:
 
 def _png_orientation(data: bytes) -> int:
     """Orientation of the eXIf chunk, which may stand on either side of the pixels."""
-    orientation = _UPRIGHT
+    orientation = exif.UPRIGHT
     position = 8
     for _ in range(MAX_BLOCKS):
         # Fails where the data ends first: a file without IEND was cut short, even if its pixels are all there.
@@ -144,7 +142,7 @@ def _png_orientation(data: bytes) -> int:
         if kind == b"IEND":
             return orientation
         if kind == b"eXIf":
-            orientation = exif_orientation(data[position + 8 : position + 8 + length])
+            orientation = exif.orientation(data[position + 8 : position + 8 + length])
         position += 12 + length
     raise ValueError("too many chunks")
 
@@ -170,11 +168,11 @@ def _webp_orientation(data: bytes) -> int:
     position = 12
     for _ in range(MAX_BLOCKS):
         if position + 8 > len(data):
-            return _UPRIGHT
+            return exif.UPRIGHT
         kind, length = struct.unpack_from("<4sI", data, position)
         if kind == b"EXIF":
             payload = data[position + 8 : position + 8 + length]
-            return exif_orientation(payload.removeprefix(b"Exif\0\0"))
+            return exif.orientation(payload.removeprefix(b"Exif\0\0"))
         position += 8 + length + (length & 1)
     raise ValueError("too many chunks")
 
@@ -182,9 +180,16 @@ def _webp_orientation(data: bytes) -> int:
 def _bmp(data: bytes) -> Header:
     (size,) = struct.unpack_from("<I", data, 14)
     if size == 12:  # noqa: PLR2004 - BITMAPCOREHEADER, the only one with 16-bit sizes
-        width, height = struct.unpack_from("<HH", data, 18)
-    else:
-        width, height = struct.unpack_from("<ii", data, 18)
+        return Header("BMP", *struct.unpack_from("<HH", data, 18))
+    width, height, _planes, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+    (colours,) = struct.unpack_from("<I", data, 46)
+    if compression not in _BMP_UNCOMPRESSED:
+        # Run lengths are expanded in Python, byte by byte: a small file would hold the interpreter for seconds.
+        raise InvalidImageError(
+            ImageFault.UNSUPPORTED_FORMAT, "Compressed BMP is not supported; save it uncompressed or as PNG.", "BMP"
+        )
+    if bits <= 8 and colours > 1 << bits:  # noqa: PLR2004 - with a palette, which would be read just as slowly
+        raise ValueError("more colours than the pixels can name")
     return Header("BMP", width, abs(height))  # a negative height says that the rows run downwards
 
 
@@ -213,23 +218,6 @@ def _after_sub_blocks(data: bytes, position: int, budget: Iterator[int]) -> int:
         if length == 0:
             return position
     raise ValueError("too many sub-blocks")
-
-
-def exif_orientation(tiff: bytes) -> int:
-    """Orientation, 1 to 8, of an EXIF block (a TIFF file without pixels); 1 if it has none or is damaged."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return _UPRIGHT
-    try:
-        (directory,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, directory)
-        for index in range(entries):
-            tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * index)
-            if tag == _ORIENTATION_TAG:
-                return int(value) if (kind, count) == (_SHORT, 1) and 1 <= value <= 8 else _UPRIGHT  # noqa: PLR2004
-    except struct.error:
-        return _UPRIGHT
-    return _UPRIGHT
 
 
 def _exactly(data: bytes, start: int, count: int) -> bytes:

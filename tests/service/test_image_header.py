@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from service.errors import ImageFault, InvalidImageError
-from service.image_header import MAX_BLOCKS, MAX_SCANS, Header, exif_orientation, read_header, sniff
+from service.image_header import MAX_BLOCKS, MAX_SCANS, Header, read_header, sniff
 
 
 def encoded(image_format, size=(7, 5), mode="RGB", **options):
@@ -67,32 +67,6 @@ def test_orientation_after_the_pixels_of_a_png_is_read():
     assert read_header(body + png_chunk(b"eXIf", block) + end).orientation == 6
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_exif_is_read_in_both_byte_orders(order):
-    magic = b"II*\0" if order == "<" else b"MM\0*"
-    other = struct.pack(order + "HHII", 0x0100, 4, 1, 9)
-    wanted = struct.pack(order + "HHIHH", 0x0112, 3, 1, 8, 0)
-
-    assert exif_orientation(magic + struct.pack(order + "IH", 8, 2) + other + wanted) == 8
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        b"",
-        b"II*\0",
-        b"II*\0\xff\xff\xff\x7f",
-        b"II*\0\x08\0\0\0\xff\xff",
-        b"II*\0" + struct.pack("<IHHHIHH", 8, 1, 0x0112, 3, 1, 9, 0),
-        b"II*\0" + struct.pack("<IHHHIHH", 8, 1, 0x0112, 3, 1, 0, 0),
-        b"II*\0" + struct.pack("<IHHHIHH", 8, 1, 0x0112, 4, 1, 6, 0),
-        b"garbage!",
-    ],
-)
-def test_damaged_exif_counts_as_upright(block):
-    assert exif_orientation(block) == 1
-
-
 def test_jpeg_header_tells_its_channels():
     assert read_header(encoded("JPEG", mode="L")) == Header("JPEG", 7, 5, 1, components=1)
     assert read_header(encoded("JPEG", mode="CMYK")).components == 4
@@ -109,6 +83,25 @@ def test_os2_bmp_is_read():
     data = b"BM" + struct.pack("<IHHIIHHHH", 26, 0, 0, 26, 12, 40, 30, 1, 24)
 
     assert read_header(data) == Header("BMP", 40, 30)
+
+
+@pytest.mark.parametrize("compression", [1, 2, 4, 5], ids=["RLE8", "RLE4", "JPEG", "PNG"])
+def test_compressed_bmp_is_unsupported(compression):
+    data = bytearray(encoded("BMP", mode="L"))
+    struct.pack_into("<I", data, 30, compression)
+
+    with pytest.raises(InvalidImageError, match="Compressed BMP") as caught:
+        read_header(bytes(data))
+    assert caught.value.reason is ImageFault.UNSUPPORTED_FORMAT
+
+
+def test_bmp_with_more_colours_than_its_pixels_can_name_is_corrupt():
+    data = bytearray(encoded("BMP", mode="L"))
+    struct.pack_into("<I", data, 46, 257)
+
+    with pytest.raises(InvalidImageError) as caught:
+        read_header(bytes(data))
+    assert caught.value.reason is ImageFault.CORRUPT
 
 
 def test_gif_frame_beyond_the_screen_counts():
