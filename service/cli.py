@@ -19,17 +19,18 @@ from service.exits import Exit
 
 _GROUP = "convoy.commands"
 
-# Command to the module in service.commands that holds it.
+# Command to the module below `service` that holds it.
 _OWN = {
-    "classify": "classify",
-    "inspect": "inspect",
-    "load": "admin",
-    "models": "models",
-    "plan": "plan",
-    "route": "admin",
-    "serve": "serve",
-    "status": "admin",
-    "unload": "admin",
+    "bench": "bench",
+    "classify": "commands.classify",
+    "inspect": "commands.inspect",
+    "load": "commands.admin",
+    "models": "commands.models",
+    "plan": "commands.plan",
+    "route": "commands.admin",
+    "serve": "commands.serve",
+    "status": "commands.admin",
+    "unload": "commands.admin",
 }
 
 _EPILOG = f"""\b
@@ -47,7 +48,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx
         if cmd_name in _OWN:
-            command = getattr(importlib.import_module(f"service.commands.{_OWN[cmd_name]}"), cmd_name)
+            command = getattr(importlib.import_module(f"service.{_OWN[cmd_name]}"), cmd_name)
         else:
             points = metadata.entry_points(group=_GROUP, name=cmd_name)
             command = next(iter(points)).load() if points else None
