@@ -1,0 +1,69 @@
+"""The model versions that benchmarks serve: random weights, real photos, exported like any other model.
+
+python tests/benchmarks/bench_models.py FOLDER resnet18 resnet50
+
+Random weights cost the same time as trained ones. Their int8 variant is kept whatever it does to the accuracy, which
+means nothing here.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import photos
+import torch
+
+from service.artifact import Weights
+from service.preprocess import preprocess
+from training.export import export_version
+from training.models import create, describe
+from training.trained import Trained
+
+PHOTOS = 100
+
+
+def photo_folder(folder: Path) -> Path:
+    """Photo-like JPEGs of 500x375, made once."""
+    target = folder / "photos"
+    if not target.is_dir():
+        target.mkdir(parents=True)
+        for number, data in enumerate(photos.small(PHOTOS)):
+            (target / f"{number:03d}.jpg").write_bytes(data)
+    return target
+
+
+def benchmark_model(folder: Path, name: str) -> Path:
+    """`<folder>/models/<name>/1`, exported once."""
+    version = folder / "models" / name / "1"
+    if version.is_dir():
+        return version
+    torch.manual_seed(0)
+    model, entry = create(name).eval(), describe(name)
+    paths = sorted(photo_folder(folder).glob("*.jpg"))
+    pixels = np.stack([preprocess(path.read_bytes(), entry.input) for path in paths])
+    trained = Trained(
+        model=model,
+        name=name,
+        architecture=name,
+        classes=tuple(f"class {index}" for index in range(1000)),
+        input=entry.input,
+        mean=entry.mean,
+        std=entry.std,
+        temperature=1.0,
+        metrics={},
+        data={},
+        recipe={},
+        weights=Weights(source="random"),
+        canary=paths[:2],
+        calibration=pixels[:32],
+        holdout=pixels[32:],
+        holdout_labels=np.zeros(len(pixels) - 32, np.int64),
+        history=[],
+        holdout_paths=paths[32:],
+    )
+    return export_version(trained, folder / "models", variants=("int8",), budget_points=100)
+
+
+if __name__ == "__main__":
+    for each in sys.argv[2:]:
+        print(benchmark_model(Path(sys.argv[1]), each))
