@@ -144,7 +144,7 @@ def _nines(percent: float) -> float:
 
 def _ticks(top: float) -> dict[float, str]:
     """About five round values from 0."""
-    raw = top / 5
+    raw = top / 6
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
     return {index * step: f"{index * step:g}" for index in range(int(top / step) + 1)}
