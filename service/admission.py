@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from service.errors import DrainingError, OverloadedError
+from service.errors import DrainingError, ExpiredError, OverloadedError
 
 # A full house empties within a few batches; sooner than that a retry only adds load.
 _RETRY_AFTER_MS = 100
@@ -37,7 +37,7 @@ class Pace:
         self._images = 0
 
     def left(self, images: int, still_pending: int, now: float) -> None:
-        """So many images were answered and so many are still to be."""
+        """So many images were answered and so many are still to be; those that failed count as neither."""
         if self._since is not None:
             self._images += images
             elapsed = now - self._since
@@ -49,6 +49,15 @@ class Pace:
             self._since, self._images = None, 0
         elif self._since is None:
             self._since = now
+
+    def alone(self, images: int, seconds: float) -> None:
+        """A request that found the house empty took so long: capacity is at least that.
+
+        Without this a pace that a pause of the machine made too slow would refuse all company to the only request in
+        the house, and then no backlog could ever correct it.
+        """
+        if self.seconds_per_image is not None:
+            self.seconds_per_image = min(self.seconds_per_image, seconds / images)
 
     def _learn(self, sample: float) -> None:
         known = self.seconds_per_image
@@ -96,6 +105,7 @@ class Admission:
 
         Raises:
             DrainingError: the server is shutting down.
+            ExpiredError: the deadline has passed already.
             OverloadedError: a bound would be exceeded, or the answer would come too late; nothing was admitted.
         """
         held = self._flows.setdefault(flow, _Flow())
@@ -104,12 +114,18 @@ class Admission:
         except BaseException:
             self._forget_if_idle(flow, held)
             raise
+        pace, alone, entered = self._paces.setdefault(flow, Pace()), not held.images, self._clock()
         self._add(held, images, nbytes)
+        answered = 0
         try:
             yield
+            answered = images
         finally:
             self._add(held, -images, -nbytes)
-            self._paces.setdefault(flow, Pace()).left(images, held.images, self._clock())
+            now = self._clock()
+            pace.left(answered, held.images, now)
+            if alone and answered:
+                pace.alone(answered, now - entered)
             self._forget_if_idle(flow, held)
 
     def drain(self) -> None:
@@ -130,6 +146,9 @@ class Admission:
     def _check(self, flow: Hashable, held: _Flow, images: int, nbytes: int, deadline: float) -> None:
         if self._draining:
             raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)
+        left_s = deadline - self._clock()
+        if left_s <= 0:
+            raise ExpiredError("the deadline passed before the work began")
         if self.images + images > self.max_images or (held.images and held.images + images > self._free_images()):
             raise OverloadedError(
                 f"{self.images} images are pending, of at most {self.max_images}", "images", _RETRY_AFTER_MS
@@ -138,7 +157,7 @@ class Admission:
             raise OverloadedError(
                 f"{self.bytes} bytes are pending, of at most {self.max_bytes}", "bytes", _RETRY_AFTER_MS
             )
-        needed_s, left_s = self.forecast_s(flow, images), deadline - self._clock()
+        needed_s = self.forecast_s(flow, images)
         if needed_s > _CONFIDENCE * left_s:
             raise OverloadedError(
                 f"the answer would take about {needed_s * 1000:.0f} ms, and the deadline is in {left_s * 1000:.0f} ms",

@@ -25,7 +25,7 @@ from grpc import aio
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from service import artifact
+from service import artifact, serving
 from service.admission import Admission
 from service.artifact import Canary, InputSpec, Manifest, Resize, Variant
 from service.classifier import Classifier
@@ -38,6 +38,7 @@ from service.rpc.listener import Listener, Options
 from service.rpc.servicer import ImageClassifier
 from service.server import Server
 from service.settings import Settings
+from service.sources import LocalSource
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 30.0
@@ -198,11 +199,13 @@ class ToyEngine:
     """
 
     provider = "ToyProvider"
+    variant = artifact.MODEL
 
     def __init__(self, classes=10, buckets=(1, 2, 4, 8), nan_at=None):
         self.classes = classes
         self.buckets = buckets
         self.nan_at = nan_at
+        self.measured_s = {}
         self.batches = []
         self.closed = False
         self._errors = deque()
@@ -277,11 +280,22 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
 
     Everything but the engine is the real thing, put together as `service.server` does it.
     """
-    metrics = Metrics()
+    metrics, lost = Metrics(), []
     for name, engine in engines.items():
         if not (root / name).exists():
             write_version(root, name, classes=engine.classes)
-    repository = Repository(root, lambda version: engines[version.manifest.name], metrics)
+
+    def load(path):
+        return serving.load(
+            path,
+            lambda version: [engines[version.manifest.name]],
+            metrics.model,
+            window_s=0.0,
+            codel_target_s=0.0,
+            on_device_lost=lost.append,
+        )
+
+    repository = Repository(LocalSource(root), load, metrics, release_timeout_s=2.0)
     admission = Admission(max_pending, 1 << 28)
     metrics.watch(metrics.pending_images, lambda: admission.images)
     decoder = decode_pool(2, metrics.stage("decode"))
@@ -290,9 +304,7 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
     listener = Listener(Options("127.0.0.1", 0, max_message_bytes, 0.0, 5.0), servicer, metrics)
     await listener.start()
     decoder.start()
-    for path in repository.find():
-        repository.add(await asyncio.to_thread(repository.load, path))
-    repository.complete()
+    await repository.load_all()
     await listener.ready(ready=True)
     target = f"127.0.0.1:{listener.port}"
     try:
@@ -303,6 +315,7 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
         for engine in engines.values():
             engine.resume()
         await listener.stop(1.0)
+        await classifier.close()
         await repository.close()
         await decoder.close()
 
@@ -311,7 +324,7 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
 async def real_server(repository, **settings):
     """A `service.server.Server` in this process, ready, on free ports; drained at the end."""
     chosen = {"port": 0, "http_port": 0, "drain_timeout_s": 5.0, **settings}
-    server = Server(Settings(repository=repository, **chosen))
+    server = Server(Settings(repository=str(repository), **chosen))
     try:
         await server.startup()
         yield server
