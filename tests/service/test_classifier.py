@@ -1,0 +1,293 @@
+"""One request from bytes to answers: neighbours, chunks, deadlines, and nothing left behind."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import toys
+
+from service import serving
+from service.admission import Admission
+from service.classifier import Classifier, Query, answers
+from service.decode import decode_pool
+from service.engine import Outputs
+from service.errors import (
+    DrainingError,
+    EngineError,
+    ExpiredError,
+    ImageFault,
+    InvalidImageError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from service.metrics import Metrics
+from service.preprocess import Limits
+
+BROKEN = b"\x89PNG\r\n\x1a\nnot really"
+
+
+@dataclass
+class Bench:
+    classifier: Classifier
+    admission: Admission
+    engine: toys.ToyEngine
+    model: serving.ServedModel
+    decoder: object
+    metrics: Metrics
+
+    def ask(self, images, query=None, seconds=20.0):
+        return self.classifier.classify(self.model, images, query or Query(), time.monotonic() + seconds)
+
+
+@asynccontextmanager
+async def classifying(root, engine, max_images=256, max_pending=512):
+    metrics, admission = Metrics(), Admission(max_pending, 1 << 20)
+    version = toys.write_version(root, classes=engine.classes)
+    model, _ = serving.load(
+        version,
+        lambda _: [engine],
+        metrics.model,
+        window_s=0.0,
+        codel_target_s=0.0,
+        on_device_lost=pytest.fail,
+    )
+    decoder = decode_pool(2, metrics.stage("decode"))
+    decoder.start()
+    model.batcher.start()
+    classifier = Classifier(decoder, admission, Limits(max_pixels=10_000), max_images, metrics)
+    try:
+        yield Bench(classifier, admission, engine, model, decoder, metrics)
+        assert (admission.images, admission.bytes) == (0, 0)
+    finally:
+        engine.resume()
+        await classifier.close()
+        await model.release(1.0)
+        await decoder.close()
+
+
+@pytest.fixture
+async def bench(tmp_path):
+    async with classifying(tmp_path, toys.ToyEngine(classes=256)) as made:
+        yield made
+
+
+def winners(result):
+    return [
+        outcome.reason if isinstance(outcome, InvalidImageError) else outcome.classes[0][0]
+        for outcome in result.outcomes
+    ]
+
+
+async def test_each_image_gets_its_own_answer_in_order(bench):
+    assert winners(await bench.ask([toys.grey_png(level) for level in (9, 250, 0, 9)])) == [9, 250, 0, 9]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 33, 256])
+async def test_chunk_boundaries_lose_and_swap_nothing(bench, count):
+    levels = [(7 * n) % 256 for n in range(count)]
+
+    assert winners(await bench.ask([toys.grey_png(level) for level in levels])) == levels
+
+
+async def test_a_bad_image_has_its_error_in_its_place_and_its_neighbours_their_answers(bench):
+    images = [toys.grey_png(1), BROKEN, toys.grey_png(2), b"", b"text", toys.grey_png(3, (200, 200))]
+
+    found = winners(await bench.ask(images))
+
+    assert found == [1, ImageFault.CORRUPT, 2, ImageFault.EMPTY, ImageFault.UNSUPPORTED_FORMAT, ImageFault.TOO_LARGE]
+
+
+@pytest.mark.parametrize("bad", [0, 15, 16, 39])
+async def test_a_bad_image_at_a_chunk_boundary_shifts_nobody(bench, bad):
+    images = [toys.grey_png(n) for n in range(40)]
+    images[bad] = BROKEN
+
+    found = winners(await bench.ask(images))
+
+    assert found == [ImageFault.CORRUPT if n == bad else n for n in range(40)]
+
+
+async def test_when_every_image_is_bad_the_engine_is_left_alone(bench):
+    bench.engine.batches.clear()
+
+    assert winners(await bench.ask([BROKEN] * 20)) == [ImageFault.CORRUPT] * 20
+    assert bench.engine.batches == []
+
+
+async def test_an_output_that_is_not_finite_fails_only_its_own_image(tmp_path):
+    async with classifying(tmp_path, toys.ToyEngine(classes=256, nan_at=77)) as bench:
+        found = winners(await bench.ask([toys.grey_png(level) for level in (76, 77, 78)]))
+
+    assert found == [76, ImageFault.NON_FINITE_OUTPUT, 78]
+
+
+def outputs(*rows, logits=None):
+    probabilities = np.asarray(rows, np.float32)
+    return Outputs(probabilities * 2 if logits is None else np.asarray(logits, np.float32), probabilities)
+
+
+def test_ties_go_to_the_smaller_index():
+    (answer,) = answers(outputs([0.2, 0.3, 0.2, 0.3]), Query())
+
+    assert [index for index, _ in answer.classes] == [1, 3, 0, 2]
+
+
+@pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (4, 4), (5, 4), (2**32 - 1, 4)])
+def test_top_k_beyond_the_classes_gives_all_of_them(top_k, count):
+    (answer,) = answers(outputs([0.1, 0.2, 0.3, 0.4]), Query(top_k=top_k))
+
+    assert [index for index, _ in answer.classes] == [3, 2, 1, 0][:count]
+
+
+def test_scores_below_the_minimum_are_left_out_even_all_of_them():
+    first, second = answers(outputs([0.5, 0.25, 0.25], [0.4, 0.3, 0.3]), Query(min_score=0.5))
+
+    assert (first.classes, second.classes) == ([(0, 0.5)], [])
+
+
+def test_logits_are_given_only_if_asked_for():
+    found = outputs([0.25, 0.75])
+    (with_logits,), (without,) = answers(found, Query(logits=True)), answers(found, Query())
+
+    assert with_logits.logits.tolist() == [0.5, 1.5]
+    assert without.logits is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_not_finite_counts_even_where_the_probabilities_are(value):
+    bad, good = answers(outputs([0.5, 0.5], [0.1, 0.9], logits=[[value, 1], [1, 2]]), Query())
+
+    assert bad.reason is ImageFault.NON_FINITE_OUTPUT
+    assert good.classes[0][0] == 1
+
+
+async def test_an_empty_request_is_refused(bench):
+    with pytest.raises(InvalidRequestError, match="no image"):
+        await bench.ask([])
+
+
+async def test_too_many_images_are_refused_with_the_limit(tmp_path):
+    async with classifying(tmp_path, toys.ToyEngine(), max_images=3) as bench:
+        with pytest.raises(InvalidRequestError, match="4 images, at most 3"):
+            await bench.ask([toys.grey_png(0)] * 4)
+
+
+@pytest.mark.parametrize("min_score", [-0.1, 1.5, float("nan"), float("inf")])
+async def test_a_minimum_score_that_is_no_probability_is_refused(bench, min_score):
+    with pytest.raises(InvalidRequestError, match="min_score"):
+        await bench.ask([toys.grey_png(0)], Query(min_score=min_score))
+
+
+async def test_a_deadline_that_has_passed_expires_without_a_batch(bench):
+    bench.engine.batches.clear()
+    with pytest.raises(ExpiredError):
+        await bench.ask([toys.grey_png(0)], seconds=-0.001)
+
+    assert bench.engine.batches == []
+
+
+async def test_a_deadline_that_passes_in_the_queue_expires_without_a_batch(bench):
+    bench.engine.pause()
+    running = asyncio.create_task(bench.ask([toys.grey_png(1)]))
+    await bench.engine.began()
+    with pytest.raises(ExpiredError):
+        await bench.ask([toys.grey_png(2)], seconds=0.05)
+    bench.engine.resume()
+
+    assert winners(await running) == [1]
+    assert winners(await bench.ask([toys.grey_png(3)])) == [3]
+    assert bench.engine.batches == [[1], [3]]
+
+
+async def test_a_deadline_that_passes_in_the_batch_ends_the_wait(bench):
+    bench.engine.pause()
+    with pytest.raises(ExpiredError):
+        await bench.ask([toys.grey_png(1)], seconds=0.05)
+
+
+async def test_an_engine_failure_reaches_its_callers_and_not_the_next(bench):
+    bench.engine.fail_next(KeyError("x"))
+    with pytest.raises(EngineError, match="KeyError"):
+        await bench.ask([toys.grey_png(1)])
+
+    assert winners(await bench.ask([toys.grey_png(2)])) == [2]
+
+
+async def test_a_failure_in_one_chunk_ends_the_others(bench):
+    """The first of many chunks fails: the request fails then, and what waits of it is not run."""
+    bench.engine.pause()
+    request = asyncio.create_task(bench.ask([toys.grey_png(n) for n in range(256)]))
+    await bench.engine.began()
+    bench.engine.fail_next(EngineError("broken"))
+    bench.engine.let_go()
+    with pytest.raises(EngineError, match="broken"):
+        await request
+    bench.engine.resume()
+
+    assert winners(await bench.ask([toys.grey_png(5)])) == [5]
+    assert sum(map(len, bench.engine.batches)) < 64
+    assert bench.model.batcher.queued_images == 0
+
+
+async def test_a_caller_that_goes_away_releases_everything(bench):
+    bench.engine.pause()
+    other = asyncio.create_task(bench.ask([toys.grey_png(1)]))
+    await bench.engine.began()
+    gone = asyncio.create_task(bench.ask([toys.grey_png(n) for n in range(2, 100)]))
+    await asyncio.sleep(0)
+    assert bench.admission.images == 99
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert bench.admission.images == 1
+    bench.engine.resume()
+
+    assert winners(await other) == [1]
+    assert winners(await bench.ask([toys.grey_png(200)])) == [200]
+    assert bench.engine.batches[0] == [1]
+    assert (bench.model.batcher.queued_images, bench.decoder.queued_images) == (0, 0)
+
+
+async def test_a_full_house_refuses_at_once(tmp_path):
+    async with classifying(tmp_path, toys.ToyEngine(), max_pending=8) as bench:
+        bench.engine.pause()
+        first = asyncio.create_task(bench.ask([toys.grey_png(0)] * 6))
+        await bench.engine.began()
+        with pytest.raises(OverloadedError) as caught:
+            await bench.ask([toys.grey_png(0)] * 6)
+        bench.engine.resume()
+        await first
+
+    assert caught.value.reason == "images"
+
+
+async def test_bytes_are_counted_as_encoded(bench):
+    bench.engine.pause()
+    image = toys.grey_png(0)
+    first = asyncio.create_task(bench.ask([image] * 3))
+    await bench.engine.began()
+    assert (bench.admission.images, bench.admission.bytes) == (3, 3 * len(image))
+    bench.engine.resume()
+    await first
+
+
+async def test_draining_refuses(bench):
+    bench.admission.drain()
+    with pytest.raises(DrainingError):
+        await bench.ask([toys.grey_png(0)])
+
+
+async def test_timing_and_outcomes_are_measured(bench):
+    result = await bench.ask([toys.grey_png(1), BROKEN, toys.grey_png(2)])
+
+    value = bench.metrics.registry.get_sample_value
+    assert result.timing.decode_s > 0
+    assert result.timing.inference_s > 0
+    assert value("convoy_images_total", {"model": "grey", "outcome": "classified"}) == 2
+    assert value("convoy_images_total", {"model": "grey", "outcome": "failed"}) == 1
+    assert value("convoy_image_errors_total", {"reason": "corrupt", "format": "PNG"}) == 1
+    for stage in ("decode", "queue", "infer"):
+        assert value("convoy_stage_duration_seconds_count", {"model": "grey", "stage": stage}) == 1
