@@ -28,8 +28,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise TrainingError(f"checkpoint {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -43,7 +44,9 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; there is no run to go on with") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} is no readable checkpoint: {str(error).partition(chr(10))[0] or 'it ends early'}"
+        ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise DataError(f"{path} is a checkpoint of format {found!r}, this program reads {FORMAT}")

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,12 +86,14 @@ class Trainer:
         self._validation = validation
         self._normalise = normalise
         self._loop = experiment.loop
-        self._phases = phases
+        self._starts = dict(zip(accumulate((0, *(phase.epochs for phase in phases))), phases, strict=False))
+        self._epochs = sum(phase.epochs for phase in phases)
         self._peak = peak
         self._folder = folder
         self._identity = dict(identity)
         self._group = group
         self._classes = stepper.model.config.num_classes
+        self._begun: int | None = None
         self._pending: list[tuple[Tensor, int]] = []
 
     @property
@@ -106,7 +109,7 @@ class Trainer:
     @property
     def epochs(self) -> int:
         """Epochs of all phases."""
-        return sum(phase.epochs for phase in self._phases)
+        return self._epochs
 
     def fit(self, watcher: Watcher, stop: Callable[[], bool] = lambda: False) -> None:
         """Trains to the end, then puts the best weights into `evaluated`.
@@ -119,13 +122,9 @@ class Trainer:
             TrainingError: the loss is no number any more or does not move, or a checkpoint cannot be written.
             StoppedError: `stop` was answered with True.
         """
-        end = 0
-        for phase in self._phases:
-            end += phase.epochs
-            if self.progress.epoch < end and not self._out_of_patience():
-                self._begin(phase, end - phase.epochs)
-                while self.progress.epoch < end and not self._out_of_patience():
-                    self._run_epoch(watcher, stop)
+        while self.progress.epoch < self.epochs and not self._out_of_patience():
+            self._enter_phase()
+            self._run_epoch(watcher, stop)
         self._group.wait()
         self.evaluated.load_state_dict(checkpoint.load(self._folder / BEST)["model"])
 
@@ -144,19 +143,22 @@ class Trainer:
                 "resume with the same data and settings, or start a new run"
             )
         self.progress = Progress(**state["progress"])
-        start = 0
-        for phase in self._phases:
-            if self.progress.epoch < start + phase.epochs or phase is self._phases[-1]:
-                self._begin(phase, start)
-                # At the very start of a phase its optimiser is new, and the checkpoint holds the one before it.
-                fresh = self.progress.epoch == start and self.progress.batch == 0 and start > 0
-                self._stepper.load(state["stepper"], with_optimiser=not fresh)
-                return
-            start += phase.epochs
+        self._enter_phase()
+        # At the very start of a phase its optimiser is new, and the checkpoint holds the one before it.
+        new_phase = self.progress.epoch == self._phase_start() and self.progress.batch == 0
+        self._stepper.load(state["stepper"], with_optimiser=not new_phase)
 
-    def _begin(self, phase: Phase, first_epoch: int) -> None:
-        steps = self._source.steps
-        self._stepper.begin(phase, self._peak * phase.peak, first_epoch * steps, phase.epochs * steps)
+    def _phase_start(self) -> int:
+        """First epoch of the phase that the current epoch belongs to; after the end, of the last phase."""
+        return max(start for start in self._starts if start <= self.progress.epoch)
+
+    def _enter_phase(self) -> None:
+        """Begins the phase of the current epoch, unless it has begun."""
+        start, steps = self._phase_start(), self._source.steps
+        if self._begun != start:
+            phase = self._starts[start]
+            self._stepper.begin(phase, self._peak * phase.peak, start * steps, phase.epochs * steps)
+            self._begun = start
 
     def _run_epoch(self, watcher: Watcher, stop: Callable[[], bool]) -> None:
         started, images_before = time.monotonic(), self.progress.images

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +90,11 @@ def run(
         folder = resume or group.from_main(lambda: new_run(runs / experiment.name, experiment))
         if group.main:
             data.write_reports(folder)
-        torch.use_deterministic_algorithms(experiment.loop.deterministic)
         stepper, report = build_stepper(experiment, entry, data, group)
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
         threads = experiment.loop.threads or thread_count(stepper.model, data.spec.shape, experiment.loop.batch_size)
-        with limited_to(threads):
+        with limited_to(threads), _repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
             if resume:
                 trainer.resume()
@@ -217,6 +217,17 @@ def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, di
     finally:
         if journal:
             journal.close()
+
+
+@contextmanager
+def _repeatable(wanted: bool) -> Iterator[None]:
+    """PyTorch refuses operations whose result varies from run to run, if that is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _precision(experiment: Experiment, stepper: Stepper, source: MemorySource) -> Precision:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -76,7 +77,7 @@ class Stepper:
         self._optimiser = build_optimiser(phase.groups(self.model), self._experiment.optimiser)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._wrapped = self._group.wrap(self.model)
-        self._forward = torch.compile(self._wrapped) if self._experiment.loop.compile else self._wrapped
+        self._forward = _compiled(self._wrapped) if self._experiment.loop.compile else self._wrapped
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values: weights, average, optimiser, scaler."""
@@ -187,6 +188,14 @@ class Stepper:
         self._scaler.update()
         if self.average:
             self.average.update(self.model, step)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        # PyTorch's compiler imports a module of its own that uses what PyTorch has deprecated.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script_method", category=DeprecationWarning)
+        compiled: nn.Module = torch.compile(model)
+    return compiled
 
 
 def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:

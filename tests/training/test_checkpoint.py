@@ -1,0 +1,65 @@
+import pickle
+
+import pytest
+import torch
+
+from service.errors import DataError, TrainingError
+from training import checkpoint
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    state = {"weights": {"a": torch.arange(3.0)}, "history": [{"loss": 1.5}], "best": (0.5, -1.0), "none": None}
+    checkpoint.save(tmp_path / "last.pt", state)
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert torch.equal(loaded["weights"]["a"], torch.arange(3.0))
+    assert {key: loaded[key] for key in ("history", "best", "none")} == {
+        "history": [{"loss": 1.5}],
+        "best": (0.5, -1.0),
+        "none": None,
+    }
+
+
+def test_only_the_finished_file_is_there(tmp_path):
+    for value in (1, 2):
+        checkpoint.save(tmp_path / "last.pt", {"value": value})
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert checkpoint.load(tmp_path / "last.pt")["value"] == 2
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", {"value": 1})
+    with pytest.raises((TrainingError, AttributeError, pickle.PicklingError)):
+        checkpoint.save(tmp_path / "last.pt", {"value": lambda: None})
+    assert checkpoint.load(tmp_path / "last.pt")["value"] == 1
+
+
+def test_a_folder_that_is_gone_is_an_error_with_the_path(tmp_path):
+    with pytest.raises(TrainingError, match="nowhere"):
+        checkpoint.save(tmp_path / "nowhere" / "last.pt", {})
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, capsys):
+    torch.save({"format": 1, "evil": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(DataError, match="no readable checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_damaged_files_are_an_error_with_the_path(tmp_path, content):
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(DataError, match=r"last\.pt is no readable checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+def test_missing_and_foreign_files_are_told_apart(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        checkpoint.load(tmp_path / "last.pt")
+    torch.save({"format": 99}, tmp_path / "last.pt")
+    with pytest.raises(DataError, match="format 99"):
+        checkpoint.load(tmp_path / "last.pt")

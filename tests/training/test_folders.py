@@ -1,0 +1,32 @@
+import pytest
+
+from service.errors import ConfigurationError
+from training.config import Experiment
+from training.folders import check_writable, latest_run, new_run, settings_of
+
+
+def test_runs_are_numbered_and_never_overwritten(tmp_path):
+    folders = [new_run(tmp_path / "digits", Experiment()) for _ in range(3)]
+    assert [folder.name for folder in folders] == ["1", "2", "3"]
+    (tmp_path / "digits" / "cache").mkdir()
+    assert latest_run(tmp_path / "digits") == folders[2]
+
+
+def test_settings_come_back_and_contradictions_are_refused(tmp_path):
+    experiment = Experiment.model_validate({"loop": {"epochs": 7}, "model": {"options": {"dropout": 0.5}}})
+    folder = new_run(tmp_path, experiment)
+    assert settings_of(folder, {}) == experiment
+    assert settings_of(folder, {"loop.epochs": 7}) == experiment
+    with pytest.raises(ConfigurationError, match=r"another loop\.epochs"):
+        settings_of(folder, {"loop.epochs": 8})
+
+
+def test_nothing_to_resume_is_said_so(tmp_path):
+    with pytest.raises(ConfigurationError, match="no run to resume"):
+        latest_run(tmp_path / "digits")
+
+
+def test_a_file_in_the_way_is_said_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        check_writable(tmp_path / "file", "the repository")

@@ -1,0 +1,166 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from service.errors import TrainingError
+from training import checkpoint
+from training.config import Experiment
+from training.distributed import Group
+from training.loop import BEST, LAST, StoppedError
+from training.models import describe
+from training.run import build_stepper, build_trainer
+from training.transfer import plan
+
+SMALL = {"model": {"name": "lenet5", "options": {"dropout": 0.2}}, "loop": {"epochs": 3, "precision": "float32"}}
+
+
+class Notes:
+    """Writes down what the loop tells."""
+
+    def __init__(self):
+        self.images = 0
+        self.history = []
+
+    def step(self, images, loss):
+        self.images += images
+
+    def epoch(self, history):
+        self.history = list(history)
+
+
+def merged(base, extra):
+    return {key: {**base.get(key, {}), **extra.get(key, {})} for key in {*base, *extra}}
+
+
+def trainer_of(data, folder, **tree):
+    experiment = Experiment.model_validate(merged(SMALL, tree))
+    entry = describe("lenet5")
+    stepper, _ = build_stepper(experiment, entry, data, Group())
+    return build_trainer(experiment, data, stepper, plan(experiment, entry), folder, Group())
+
+
+def weights_of(trainer):
+    return trainer.evaluated.state_dict()
+
+
+def identical(first, second):
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_learns_and_tells_and_keeps_the_best(digit_data, tmp_path):
+    notes = Notes()
+    trainer = trainer_of(digit_data, tmp_path, loop={"epochs": 8})
+    trainer.fit(notes)
+    assert notes.images == 8 * 240
+    assert [figures["epoch"] for figures in notes.history] == list(range(1, 9))
+    assert notes.history[-1]["train_loss"] < 0.6 * notes.history[0]["train_loss"]
+    best = max(notes.history, key=lambda figures: (figures["val_accuracy"], -figures["val_loss"]))
+    saved = checkpoint.load(tmp_path / BEST)
+    assert saved["epoch"] == best["epoch"]
+    assert identical(weights_of(trainer), saved["model"])
+
+
+def test_the_same_seed_is_the_same_run(digit_data, tmp_path):
+    def run(folder, **loop):
+        folder.mkdir()
+        trainer = trainer_of(digit_data, folder, loop={"epochs": 1, **loop})
+        trainer.fit(Notes())
+        return weights_of(trainer)
+
+    first = run(tmp_path / "a")
+    assert identical(first, run(tmp_path / "b"))
+    assert not identical(first, run(tmp_path / "c", seed=1))
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 9])
+def test_a_stopped_run_goes_on_to_the_same_weights(digit_data, tmp_path, stop_after):
+    """Steps 4 and 8 end epochs; 1, 5 and 9 lie within them."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = trainer_of(digit_data, tmp_path / "whole", augment={"mixup": 0.2}, optimiser={"clip_norm": 1.0})
+    whole.fit(Notes())
+    first = trainer_of(digit_data, tmp_path / "parts", augment={"mixup": 0.2}, optimiser={"clip_norm": 1.0})
+    with pytest.raises(StoppedError):
+        first.fit(Notes(), lambda: first.progress.step == stop_after)
+    torch.rand(7)  # another process has another past
+    second = trainer_of(digit_data, tmp_path / "parts", augment={"mixup": 0.2}, optimiser={"clip_norm": 1.0})
+    second.resume()
+    assert second.progress.step == stop_after
+    second.fit(Notes())
+    assert identical(weights_of(whole), weights_of(second))
+    assert identical(checkpoint.load(tmp_path / "whole" / LAST)["stepper"]["model"],
+                     checkpoint.load(tmp_path / "parts" / LAST)["stepper"]["model"])  # fmt: skip
+    for a, b in zip(whole.progress.history, second.progress.history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-12)
+        assert a["val_loss"] == b["val_loss"]
+
+
+def test_a_finished_run_resumes_to_its_best_weights(digit_data, tmp_path):
+    trainer = trainer_of(digit_data, tmp_path)
+    trainer.fit(Notes())
+    again = trainer_of(digit_data, tmp_path)
+    again.resume()
+    again.fit(Notes())
+    assert identical(weights_of(trainer), weights_of(again))
+
+
+def test_other_data_are_not_resumed(digit_data, tmp_path):
+    trainer_of(digit_data, tmp_path, loop={"epochs": 1}).fit(Notes())
+    other = trainer_of(digit_data, tmp_path, loop={"epochs": 1, "precision": "bfloat16"})
+    with pytest.raises(TrainingError, match="another precision"):
+        other.resume()
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(digit_data, tmp_path):
+    trainer = trainer_of(digit_data, tmp_path, optimiser={"name": "sgd", "learning_rate": 1e12})
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf).*--learning-rate"):
+        trainer.fit(Notes())
+
+
+def test_a_loss_that_stays_at_chance_stops_with_advice(digit_data, tmp_path):
+    trainer = trainer_of(
+        digit_data, tmp_path, optimiser={"learning_rate": 1e-12}, loop={"epochs": 30, "stuck_epochs": 3}
+    )
+    with pytest.raises(TrainingError, match=r"guessing among 10 classes \(2\.303\), for 3 epochs"):
+        trainer.fit(Notes())
+    assert trainer.progress.epoch == 3
+
+
+def test_stops_early_when_nothing_gets_better(digit_data, tmp_path):
+    trainer = trainer_of(
+        digit_data, tmp_path, optimiser={"learning_rate": 1e-12}, loop={"epochs": 30, "patience": 2, "ema_decay": 0}
+    )
+    trainer.fit(Notes())
+    assert trainer.progress.epoch == trainer.progress.best_epoch + 2 < 30
+
+
+def test_writes_checkpoints_within_epochs(digit_data, tmp_path):
+    trainer = trainer_of(digit_data, tmp_path, loop={"checkpoint_steps": 3})
+    seen = []
+
+    class Looking(Notes):
+        def step(self, images, loss):
+            if (tmp_path / LAST).exists():
+                seen.append(checkpoint.load(tmp_path / LAST)["progress"]["step"])
+
+    trainer.fit(Looking())
+    assert {3, 6, 9} < set(seen)
+
+
+def test_float16_carries_its_scaler_along(digit_data, tmp_path):
+    trainer = trainer_of(digit_data, tmp_path, loop={"precision": "float16", "epochs": 1})
+    trainer.fit(Notes())
+    assert checkpoint.load(tmp_path / LAST)["stepper"]["scaler"]["scale"] > 1
+    assert math.isfinite(trainer.progress.history[-1]["train_loss"])
+
+
+def test_without_validation_the_newest_is_the_best(digit_data, tmp_path):
+
+    empty = dataclasses.replace(digit_data.split, validation=np.array([], dtype=np.int64))
+    trainer = trainer_of(dataclasses.replace(digit_data, split=empty), tmp_path)
+    trainer.fit(Notes())
+    assert trainer.progress.best_epoch == 3
+    assert "val_loss" not in trainer.progress.history[-1]

@@ -1,0 +1,35 @@
+import pytest
+
+from training.config import ScheduleConfig
+from training.schedule import rate
+
+
+def rates(total=100, **config):
+    return [rate(ScheduleConfig(**config), step, total) for step in range(total)]
+
+
+@pytest.mark.parametrize("name", ["one-cycle", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.3])
+def test_reaches_the_peak_and_never_leaves_its_range(name, warmup):
+    values = rates(name=name, warmup=warmup)
+    assert max(values) == 1.0
+    assert min(values) > 0
+    peak = values.index(1.0)
+    assert peak == max(0, round(warmup * 100) - 1)
+    assert all(a < b for a, b in zip(values[:peak], values[1 : peak + 1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["one-cycle", "cosine"])
+def test_falls_to_the_final_rate(name):
+    values = rates(1000, name=name, final=0.1)
+    assert values[-1] == pytest.approx(0.1, abs=0.001)
+    fall = values[values.index(1.0) :]
+    assert all(a >= b for a, b in zip(fall, fall[1:], strict=False))
+
+
+def test_constant_stays():
+    assert set(rates(name="constant", warmup=0.0)) == {1.0}
+
+
+def test_a_single_step_learns():
+    assert rates(1) == [1.0]
