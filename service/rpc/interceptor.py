@@ -13,7 +13,7 @@ import structlog
 from grpc import aio
 
 from service import logs
-from service.errors import ConvoyError, UnavailableError
+from service.errors import ConvoyError, EngineError, UnavailableError
 from service.metrics import Metrics
 from service.rpc import status
 
@@ -81,6 +81,9 @@ class _Watched:
         except asyncio.CancelledError:
             code = _code_of_cancellation(context)
             raise
+        except aio.AbortError:
+            code = _code_of_abort(context)  # the method (health's, of the library) has sent its status already
+            raise
         except Exception as error:  # noqa: BLE001  # whatever it is, the client gets a status and the log the cause
             code = status.code_of(error)
             _log_internal(error, code)
@@ -105,8 +108,14 @@ def _code_of_cancellation(context: Context) -> grpc.StatusCode:
     return grpc.StatusCode.DEADLINE_EXCEEDED if passed else grpc.StatusCode.CANCELLED
 
 
+def _code_of_abort(context: Context) -> grpc.StatusCode:
+    """The status a method aborted with; the library gives it as the constant or as its number."""
+    sent: Any = context.code()
+    return next((code for code in grpc.StatusCode if sent in (code, code.value[0])), grpc.StatusCode.UNKNOWN)
+
+
 def _log_internal(error: Exception, code: grpc.StatusCode) -> None:
-    if code is grpc.StatusCode.INTERNAL:
+    if code is grpc.StatusCode.INTERNAL or isinstance(error, EngineError):
         unexpected = not isinstance(error, ConvoyError)
         _log.error("internal error", error=f"{type(error).__name__}: {error}", exc_info=unexpected)
 

@@ -45,6 +45,8 @@ def message_of(error: Exception, request_id: str) -> str:
     """Text that a client gets: the domain's own sentence, or for a fault of the server only where to look it up."""
     if code_of(error) is grpc.StatusCode.INTERNAL:
         return f"internal error; the server's log has it under request id {request_id}"
+    if isinstance(error, EngineError):  # the runtime's own words name files and addresses
+        return f"the server cannot compute this now; its log has the cause under request id {request_id}"
     return str(error)
 
 

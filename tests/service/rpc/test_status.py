@@ -1,0 +1,54 @@
+"""The table from domain errors to gRPC statuses."""
+
+import grpc
+import pytest
+
+from service import errors
+from service.errors import ImageFault
+from service.rpc import status
+
+EXPECTED = {
+    errors.InvalidRequestError("text"): grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidImageError(ImageFault.CORRUPT, "text"): grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFoundError("text"): grpc.StatusCode.NOT_FOUND,
+    errors.UnavailableError("text"): grpc.StatusCode.UNAVAILABLE,
+    errors.OverloadedError("text", "images", 5): grpc.StatusCode.UNAVAILABLE,
+    errors.DrainingError("text"): grpc.StatusCode.UNAVAILABLE,
+    errors.ModelNotReadyError("text"): grpc.StatusCode.UNAVAILABLE,
+    errors.ExpiredError("text"): grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.OutOfMemoryError("text"): grpc.StatusCode.UNAVAILABLE,
+    errors.DeviceLostError("text"): grpc.StatusCode.UNAVAILABLE,
+    errors.EngineError("text"): grpc.StatusCode.INTERNAL,
+    ValueError("text"): grpc.StatusCode.INTERNAL,
+}
+
+
+@pytest.mark.parametrize(("error", "code"), EXPECTED.items(), ids=lambda value: getattr(value, "name", repr(value)))
+def test_every_error_has_its_status(error, code):
+    assert status.code_of(error) is code
+
+
+@pytest.mark.parametrize("error", EXPECTED, ids=repr)
+def test_faults_of_the_server_keep_their_text_to_themselves(error):
+    message = status.message_of(error, "the-id")
+
+    if isinstance(error, errors.EngineError | ValueError):
+        assert "text" not in message
+        assert "the-id" in message
+    else:
+        assert message == "text"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (errors.OverloadedError("full", "images", 100), (("grpc-retry-pushback-ms", "100"),)),
+        (errors.DrainingError("bye", 0), (("grpc-retry-pushback-ms", "0"),)),
+        (errors.ModelNotReadyError("loading"), ()),
+        (errors.ExpiredError("late"), ()),
+        (ValueError("x"), ()),
+    ],
+    ids=repr,
+)
+def test_only_what_may_be_tried_again_says_when(error, expected):
+    assert status.retry_pushback(error) == expected
