@@ -6,13 +6,13 @@ Nothing appears in the repository unless every gate has passed; then all of it a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 
-from service import artifact
-from service.artifact import CARD, MODEL, Canary, FileEntry, Manifest, Variant
+from service.artifact import MODEL, Canary, Variant
 from training import gates, package, report, speed
 from training import variants as formats
 from training.gates import Parity
@@ -62,7 +62,8 @@ def export_version(
 
     outputs = session.run_all(trained.holdout)
     with package.staged(repository, trained.name) as staging:
-        canary, canary_pixels = package.write_canary(staging, trained.canary, session, trained.input)
+        images = package.read_images(trained.canary)
+        canary, canary_pixels = package.write_canary(staging, images, session, trained.input)
         baseline = Baseline(
             model=model,
             session=session,
@@ -76,16 +77,13 @@ def export_version(
         outcome.kept.insert(0, (_float_variant(baseline, parity), serialised))
         for variant, content in outcome.kept:
             (staging / variant.file).write_bytes(content)
-        files = artifact.list_files(staging)
-
-        def manifest_of(version: int) -> Manifest:
-            manifest = _manifest(trained, version, canary, outcome, files)
-            artifact.check_signature(manifest, *session.signature)
-            card = staging / CARD
-            card.write_text(report.render_card(manifest, trained, outputs, servable.model), encoding="utf-8")
-            return manifest.model_copy(update={"files": {**files, CARD: artifact.file_entry(card)}})
-
-        return package.publish_next(staging, repository, trained.name, manifest_of)
+        return package.publish(
+            staging,
+            repository,
+            session,
+            _manifest_fields(trained, canary, outcome),
+            lambda manifest: report.render_card(manifest, trained, outputs, servable.model),
+        )
 
 
 def serialise(model: onnx.ModelProto, trained: Trained) -> bytes:
@@ -110,27 +108,21 @@ def serialise(model: onnx.ModelProto, trained: Trained) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def _manifest(
-    trained: Trained, version: int, canary: Canary, outcome: Outcome, files: Mapping[str, FileEntry]
-) -> Manifest:
-    return Manifest(
-        name=trained.name,
-        version=version,
-        created=artifact.now(),
-        architecture=trained.architecture,
-        classes=trained.classes,
-        input=trained.input,
-        temperature=trained.temperature,
-        files=files,
-        variants=tuple(variant for variant, _ in outcome.kept),
-        rejected_variants=tuple(outcome.rejected),
-        canary=canary,
-        metrics=trained.metrics,
-        data=trained.data,
-        recipe=trained.recipe,
-        libraries=package.libraries(),
-        weights=trained.weights,
-    )
+def _manifest_fields(trained: Trained, canary: Canary, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": trained.name,
+        "architecture": trained.architecture,
+        "classes": trained.classes,
+        "input": trained.input,
+        "temperature": trained.temperature,
+        "variants": tuple(variant for variant, _ in outcome.kept),
+        "rejected_variants": tuple(outcome.rejected),
+        "canary": canary,
+        "metrics": trained.metrics,
+        "data": trained.data,
+        "recipe": trained.recipe,
+        "weights": trained.weights,
+    }
 
 
 def _float_variant(baseline: Baseline, parity: Parity) -> Variant:
@@ -139,6 +131,5 @@ def _float_variant(baseline: Baseline, parity: Parity) -> Variant:
         file=MODEL,
         accuracy=baseline.accuracy,
         images_per_second=speed.images_per_second(baseline.session, baseline.holdout),
-        note=f"{speed.CONDITIONS} on {CPU}; probabilities within {parity.probability_difference:.1e} of PyTorch on "
-        f"{parity.images} images",
+        note=f"{speed.CONDITIONS} on {CPU}; {parity.describe(gates.Original())}",
     )

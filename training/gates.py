@@ -28,12 +28,24 @@ _TIE = 1e-4
 
 
 @dataclass(frozen=True)
+class Original:
+    """What the graph has to agree with, in the words of the message if it does not."""
+
+    name: str = "PyTorch"
+    advice: str = "does a layer behave differently in evaluation mode?"
+
+
+@dataclass(frozen=True)
 class Parity:
-    """How far ONNX Runtime is from PyTorch: largest differences, and the images compared."""
+    """How far ONNX Runtime is from the original: largest differences, and the images compared."""
 
     probability_difference: float
     logit_difference: float
     images: int
+
+    def describe(self, original: Original) -> str:
+        """For the note of a variant."""
+        return f"probabilities within {self.probability_difference:.1e} of {original.name} on {self.images} images"
 
 
 def reference(
@@ -57,15 +69,20 @@ def reference(
 
 
 def check_parity(
-    session: Session, wanted: Outputs, pixels: NDArray[np.uint8], batches: Sequence[int] = BATCHES
+    session: Session,
+    wanted: Outputs,
+    pixels: NDArray[np.uint8],
+    batches: Sequence[int] = BATCHES,
+    original: Original | None = None,
 ) -> Parity:
     """Runs the graph on batches of each size and compares every row.
 
     Args:
         session: the exported graph.
-        wanted: PyTorch's answers for `pixels`.
+        wanted: the original's answers for `pixels`.
         pixels: uint8[max(batches), H, W, C].
         batches: sizes to try.
+        original: what it is compared with; None for PyTorch.
 
     Raises:
         TrainingError: the graph refuses a batch size, a difference is above the limits, or the top class differs.
@@ -75,7 +92,7 @@ def check_parity(
         rows = slice(len(pixels) - size, None)
         found = session.run(np.ascontiguousarray(pixels[rows]))
         expected = Outputs(wanted.logits[rows], wanted.probabilities[rows])
-        worst_probability = max(worst_probability, _compare(found, expected, size))
+        worst_probability = max(worst_probability, _compare(found, expected, original or Original()))
         worst_logit = max(worst_logit, float(np.abs(found.logits - expected.logits).max()))
     return Parity(worst_probability, worst_logit, len(pixels))
 
@@ -85,11 +102,12 @@ def sample(pixels: NDArray[np.uint8], images: int) -> NDArray[np.uint8]:
     return pixels[np.linspace(0, len(pixels) - 1, images).round().astype(np.int64)]
 
 
-def _compare(found: Outputs, wanted: Outputs, size: int) -> float:
+def _compare(found: Outputs, wanted: Outputs, original: Original) -> float:
     """Largest difference of a probability, if all is well."""
+    size = len(wanted.logits)
     if found.logits.shape != wanted.logits.shape or found.probabilities.shape != wanted.probabilities.shape:
         raise TrainingError(
-            f"the export differs from PyTorch on a batch of {size}: outputs are {found.logits.shape} and "
+            f"the export differs from {original.name} on a batch of {size}: outputs are {found.logits.shape} and "
             f"{found.probabilities.shape}, not {wanted.logits.shape}"
         )
     difference = float(np.abs(found.probabilities - wanted.probabilities).max())
@@ -101,8 +119,9 @@ def _compare(found: Outputs, wanted: Outputs, size: int) -> float:
     # Written so that NaN fails too.
     if not (difference <= MAX_PROBABILITY_DIFFERENCE and logit_difference <= logit_limit and flipped == 0):
         raise TrainingError(
-            f"the export differs from PyTorch on a batch of {size}: probabilities by up to {difference:.3g} (allowed "
-            f"{MAX_PROBABILITY_DIFFERENCE:g}), logits by up to {logit_difference:.3g} (allowed {logit_limit:.3g}), "
-            f"top class on {flipped} of {size} images; does a layer behave differently in evaluation mode?"
+            f"the export differs from {original.name} on a batch of {size}: "
+            f"probabilities by up to {difference:.3g} (allowed {MAX_PROBABILITY_DIFFERENCE:g}), "
+            f"logits by up to {logit_difference:.3g} (allowed {logit_limit:.3g}), "
+            f"top class on {flipped} of {size} images; {original.advice}"
         )
     return difference

@@ -114,12 +114,12 @@ def check_size(size_bytes: int) -> None:
     if size_bytes > MAX_MODEL_BYTES:
         raise TrainingError(
             f"the model has {size_bytes / (1 << 30):.2f} GiB of weights, and a model file without external data "
-            "ends at 2 GiB; choose a smaller architecture"
+            "ends at 2 GiB; choose a smaller one"
         )
 
 
 def fold_scale(model: onnx.ModelProto) -> bool:
-    """Folds a per-channel Mul of the pixels into the weights of the convolution that alone consumes it.
+    """Folds a per-channel Mul by a constant into the weights of the convolution that alone consumes it.
 
     Returns:
         Whether the graph had that form; otherwise it stays as it is, correct and one operation longer.
@@ -128,12 +128,11 @@ def fold_scale(model: onnx.ModelProto) -> bool:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for mul in (node for node in graph.node if node.op_type == "Mul"):
         factor = next((name for name in mul.input if name in constants), None)
-        users = [node for node in graph.node if mul.output[0] in node.input]
-        if factor is None or len(users) != 1 or users[0].op_type != "Conv" or users[0].input[0] != mul.output[0]:
+        conv = _only_user(graph, mul.output[0])
+        if factor is None or conv is None or conv.op_type != "Conv" or conv.input[0] != mul.output[0]:
             continue
-        conv = users[0]
         weights = constants.get(conv.input[1])
-        if weights is None or sum(conv.input[1] in node.input for node in graph.node) != 1:
+        if weights is None or _only_user(graph, weights.name) is None or not _is_per_channel(constants[factor]):
             continue
         weights.CopyFrom(_scaled(weights, numpy_helper.to_array(constants[factor]), _group(conv)))
         conv.input[0] = next(name for name in mul.input if name != factor)
@@ -142,6 +141,19 @@ def fold_scale(model: onnx.ModelProto) -> bool:
             graph.initializer.remove(constants[factor])
         return True
     return False
+
+
+def _only_user(graph: onnx.GraphProto, name: str) -> onnx.NodeProto | None:
+    """The node that alone reads a value; None if there are more, or if the value is an output of the graph."""
+    users = [node for node in graph.node if name in node.input]
+    return users[0] if len(users) == 1 and all(output.name != name for output in graph.output) else None
+
+
+def _is_per_channel(factor: onnx.TensorProto) -> bool:
+    """Whether a float constant is one number, or broadcasts along the channels of [N, C, H, W] and nothing else."""
+    shape = list(factor.dims)
+    along_channels = len(shape) in {3, 4} and shape[-2:] == [1, 1] and int(np.prod(shape)) == shape[-3]
+    return factor.data_type == onnx.TensorProto.FLOAT and (int(np.prod(shape)) == 1 or along_channels)
 
 
 def _scaled(weights: onnx.TensorProto, factor: np.ndarray, group: int) -> onnx.TensorProto:

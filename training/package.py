@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,31 +80,90 @@ def publish_next(staging: Path, repository: Path, name: str, manifest_of: Callab
     raise ArtifactError(f"{repository / name}: no version number stays free long enough; who else is writing there?")
 
 
+def publish(
+    staging: Path, repository: Path, session: Session, fields: Mapping[str, Any], render: Callable[[Manifest], str]
+) -> Path:
+    """Adds manifest and card to a staging directory and publishes it under the next number.
+
+    Args:
+        staging: from `staged`, with all files but those two.
+        repository: where the models are.
+        session: the float model, whose signature has to keep the contract.
+        fields: of the manifest, but for what is known here: version, time, files and libraries.
+        render: makes the card of a manifest whose list of files lacks the card itself.
+
+    Returns:
+        The version's directory.
+
+    Raises:
+        ArtifactError: the graph breaks the contract, or the version cannot be published.
+    """
+    files = artifact.list_files(staging)
+
+    def manifest_of(version: int) -> Manifest:
+        manifest = Manifest(version=version, created=artifact.now(), files=files, libraries=libraries(), **fields)
+        artifact.check_signature(manifest, *session.signature)
+        card = staging / artifact.CARD
+        card.write_text(render(manifest), encoding="utf-8")
+        return manifest.model_copy(update={"files": {**files, artifact.CARD: artifact.file_entry(card)}})
+
+    return publish_next(staging, repository, fields["name"], manifest_of)
+
+
+def read_images(paths: Sequence[Path]) -> list[tuple[str, bytes]]:
+    """Path and content of encoded images.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    try:
+        return [(str(path), path.read_bytes()) for path in paths]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot serve as canary: {error.strerror}; choose another image") from error
+
+
 def write_canary(
-    staging: Path, images: Sequence[Path], session: Session, spec: InputSpec
+    staging: Path, images: Sequence[tuple[str, bytes]], session: Session, spec: InputSpec
 ) -> tuple[Canary, NDArray[np.uint8]]:
-    """Copies encoded images into the version and records what the float model says to them.
+    """Writes encoded images into the version and records what the float model says to them.
+
+    Args:
+        staging: from `staged`.
+        images: name, for its suffix and for messages, and content.
+        session: the float model.
+        spec: the model's input.
 
     Returns:
         The canary, and its images' pixels as uint8[N, H, W, C].
 
     Raises:
-        DataError: an image cannot be read or decoded.
+        DataError: an image cannot be decoded.
     """
     (staging / artifact.CANARY_DIR).mkdir()
     names, pixels = [], []
-    for index, path in enumerate(images):
+    for index, (name, encoded) in enumerate(images):
         try:
-            encoded = path.read_bytes()
             pixels.append(preprocess(encoded, spec))
-        except (OSError, InvalidImageError) as error:
-            raise DataError(f"{path} cannot serve as canary: {error}; choose another image") from error
-        names.append(f"{artifact.CANARY_DIR}/{index:02d}{path.suffix.lower()}")
+        except InvalidImageError as error:
+            raise DataError(f"{name} cannot serve as canary: {error}; choose another image") from error
+        names.append(f"{artifact.CANARY_DIR}/{index:02d}{Path(name).suffix.lower()}")
         (staging / names[-1]).write_bytes(encoded)
     batch = np.stack(pixels)
     probabilities = session.run_all(batch).probabilities
     rows = tuple(tuple(round(float(p), 8) for p in row) for row in probabilities)
     return Canary(images=tuple(names), probabilities=rows), batch
+
+
+def check_name(name: str) -> None:
+    """Refuses a model name that cannot be a directory, a label and part of a URL.
+
+    Raises:
+        ConfigurationError: it has other characters than the contract allows.
+    """
+    if not re.match(artifact.NAME_PATTERN, name):
+        raise ConfigurationError(
+            f"the name {name!r} may hold letters, digits and ._- only, and begins with one of the former"
+        )
 
 
 def libraries() -> dict[str, str]:

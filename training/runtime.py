@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
-from service.errors import TrainingError
+from service.errors import ArtifactError, TrainingError
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -51,10 +51,8 @@ class Session:
     """
 
     def __init__(self, model: bytes, provider: str = CPU) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
         try:
-            self._session = ort.InferenceSession(model, options, providers=[provider], enable_fallback=0)
+            self._session = ort.InferenceSession(model, _options(), providers=[provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
             raise TrainingError(f"ONNX Runtime cannot load the exported model: {_first_line(error)}") from error
         taken = self._session.get_providers()[0]
@@ -89,9 +87,47 @@ class Session:
         return Outputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.probabilities for p in parts]))
 
 
+class ForeignSession:
+    """Somebody else's classifier as it came: any names, one float input, one output that matters.
+
+    Args:
+        model: the serialised graph.
+        output: name of the output.
+
+    Raises:
+        ArtifactError: ONNX Runtime cannot load it.
+    """
+
+    def __init__(self, model: bytes, output: str) -> None:
+        self._output = output
+        try:
+            self._session = ort.InferenceSession(model, _options(), providers=[CPU])
+        except Exception as error:  # see above
+            raise ArtifactError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+
+    def run(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
+        """One batch.
+
+        Raises:
+            ArtifactError: the graph fails on it.
+        """
+        name = self._session.get_inputs()[0].name
+        try:
+            (found,) = self._session.run([self._output], {name: x})
+        except Exception as error:  # see above
+            raise ArtifactError(f"the model fails on an input of shape {x.shape}: {_first_line(error)}") from error
+        return np.asarray(found, np.float32)
+
+
 def usable(provider: str) -> bool:
     """Whether a GPU provider is built in and its driver loaded; asking for it without would fill the terminal."""
     return provider in ort.get_available_providers() and _GPU_DRIVER.exists()
+
+
+def _options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    return options
 
 
 def _first_line(error: Exception) -> str:

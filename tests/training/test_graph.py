@@ -117,13 +117,35 @@ def test_folding_scales_each_input_channel_of_a_convolution(groups):
     np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-5, atol=1e-5)
 
 
-def test_folding_leaves_a_scale_with_two_users_alone():
-    model = scaled_convolution(np.ones((2, 3, 3, 3), np.float32), 1)
-    model.graph.output.append(onnx.helper.make_tensor_value_info("scaled", 1, ["n", 3, 5, 5]))
+def second_user(model):
     model.graph.node.append(onnx.helper.make_node("Relu", ["scaled"], ["other"]))
 
+
+def also_an_output(model):
+    model.graph.output.append(onnx.helper.make_tensor_value_info("scaled", 1, ["n", 3, 5, 5]))
+
+
+def weights_used_twice(model):
+    model.graph.node.append(onnx.helper.make_node("Relu", ["weights"], ["other"]))
+
+
+def along_the_width(model):
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((1, 1, 1, 5), np.float32), "factor"))
+
+
+def along_the_last_axis(model):
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones(3, np.float32), "factor"))
+
+
+@pytest.mark.parametrize(
+    "change", [second_user, also_an_output, weights_used_twice, along_the_width, along_the_last_axis]
+)
+def test_folding_leaves_alone_what_it_would_change(change):
+    model = scaled_convolution(np.ones((2, 3, 3, 3), np.float32), 1)
+    change(model)
+
     assert not fold_scale(model)
-    assert operations(model) == ["Mul", "Conv", "Relu"]
+    assert operations(model)[:2] == ["Mul", "Conv"]
 
 
 def test_a_batch_frozen_in_the_code_is_refused():

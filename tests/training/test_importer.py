@@ -1,0 +1,554 @@
+import dataclasses
+import functools
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from torch import nn
+
+from service import artifact
+from service.artifact import Weights
+from service.errors import ArtifactError, ConfigurationError, DataError, TrainingError
+from service.preprocess import preprocess
+from training import import_cli, importer
+from training.conventions import PRESETS, Request
+from training.importer import import_version
+from training.runtime import Session
+
+CLASSES = ["cat", "dog", "bird", "fish", "crane"]
+
+
+class Net(nn.Module):
+    def __init__(self, softmax=False, channels=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(channels, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 16, len(CLASSES))
+        self.softmax = softmax
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(self.conv(x).relu(), (4, 4))
+        x = self.head(x.flatten(1))
+        return x.softmax(1) if self.softmax else x
+
+
+def exported(path, *, softmax=False, batch=None, external=False, channels=3):
+    """A torch export as users have it: input NCHW 24x32, a dynamic or a fixed batch, with or without external data."""
+    net, files = torch_export(softmax, batch, external, channels)
+    for suffix, content in files.items():
+        path.with_name(path.name + suffix).write_bytes(content)
+    return net
+
+
+@functools.cache
+def torch_export(softmax, batch, external, channels):
+    """The network and its files by suffix; several tests start from the same ones."""
+    net = Net(softmax, channels).eval()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says while it exports is not what is tested here
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            net,
+            (torch.zeros(batch or 2, channels, 24, 32),),
+            dynamo=True,
+            dynamic_shapes=None if batch else ({0: "n"},),
+            external_data=external,
+            verbose=False,
+        )
+        program.save(Path(folder, "net.onnx"), external_data=external)
+        return net, {p.name.removeprefix("net.onnx"): p.read_bytes() for p in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def labels(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("\n".join(CLASSES) + "\n")
+    return path
+
+
+@pytest.fixture
+def request_for(tmp_path, labels):
+    def build(**changes):
+        fields = {"model": tmp_path / "net.onnx", "labels": labels, "name": "imported", "resize": "stretch"}
+        return Request(**{**fields, **changes})
+
+    return build
+
+
+@pytest.fixture
+def repository(tmp_path):
+    return tmp_path / "repository"
+
+
+def hand_made(path, *, shape, body, output, opset=13, initializers=(), elem_type=TensorProto.FLOAT, **meta):
+    """A graph from nodes; `x` is its input."""
+    graph = helper.make_graph(
+        body,
+        "hand-made",
+        [helper.make_tensor_value_info("x", elem_type, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in output.items()],
+        [numpy_helper.from_array(array, name) for name, array in initializers],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8, **meta)
+    onnx.save(model, path)
+    return path
+
+
+def pooled(classes=5, channels=3, layout="nchw"):
+    """Mean over the pixels, then one matrix: weights [C, K] of seeded numbers."""
+    weights = np.random.default_rng(0).normal(size=(channels, classes)).astype(np.float32)
+    axes = [2, 3] if layout == "nchw" else [1, 2]
+    body = [
+        helper.make_node("ReduceMean", ["x"], ["pooled"], axes=axes, keepdims=0),
+        helper.make_node("MatMul", ["pooled", "weights"], ["y"]),
+    ]
+    return body, weights
+
+
+def ask(version, pixels):
+    return Session((version / "model.onnx").read_bytes()).run(pixels)
+
+
+def random_pixels(count, height, width, channels=3):
+    return np.random.default_rng(1).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def test_a_torch_export_gives_torchs_own_probabilities(tmp_path, request_for, repository):
+    net = exported(tmp_path / "net.onnx")
+
+    version = import_version(request_for(), repository)
+
+    pixels = random_pixels(3, 24, 32)
+    rule = PRESETS["imagenet-torchvision"].rule
+    x = torch.from_numpy(rule.apply(pixels, "nchw", np.dtype(np.float32)))
+    found = ask(version, pixels)
+    np.testing.assert_allclose(found.probabilities, net(x).softmax(1).detach(), atol=1e-5)
+    np.testing.assert_allclose(found.logits, net(x).detach(), atol=1e-4)
+
+
+def test_the_version_is_whole_and_proves_itself(tmp_path, request_for, repository):
+    exported(tmp_path / "net.onnx")
+    weights = Weights(source="https://example.org/net", licence="MIT")
+
+    version = artifact.load(import_version(request_for(weights=weights), repository))
+
+    manifest = version.manifest
+    assert manifest.classes == tuple(CLASSES)
+    assert (manifest.input.height, manifest.input.width, manifest.input.channels) == (24, 32, 3)
+    assert manifest.weights == weights
+    assert manifest.variants[0].accuracy is None
+    assert manifest.recipe["imported_from"] == "net.onnx"
+    assert "It was imported" in version.file("card.html").read_text()
+    artifact.check_signature(manifest, *Session(version.file("model.onnx").read_bytes()).signature)
+    pixels = np.stack([preprocess(data, manifest.input) for data in version.canary_images()])
+    np.testing.assert_allclose(ask(version.path, pixels).probabilities, manifest.canary.probabilities, atol=1e-6)
+
+
+def test_the_scale_goes_into_the_first_convolution(tmp_path, request_for, repository):
+    exported(tmp_path / "net.onnx")
+
+    version = import_version(request_for(), repository)
+
+    operations = [node.op_type for node in onnx.load(version / "model.onnx").graph.node]
+    assert operations[:4] == ["Transpose", "Cast", "Sub", "Conv"]
+
+
+def test_external_data_is_merged_into_the_file(tmp_path, request_for, repository):
+    exported(tmp_path / "net.onnx", external=True)
+    assert (tmp_path / "net.onnx.data").exists()
+
+    version = import_version(request_for(), repository)
+
+    assert sorted(p.name for p in version.iterdir()) == ["canary", "card.html", "manifest.json", "model.onnx"]
+    assert not any(t.external_data for t in onnx.load(version / "model.onnx").graph.initializer)
+
+
+def test_missing_external_data_is_named(tmp_path, request_for, repository):
+    exported(tmp_path / "net.onnx", external=True)
+    (tmp_path / "net.onnx.data").unlink()
+
+    with pytest.raises(ArtifactError, match=r"net\.onnx\.data"):
+        import_version(request_for(), repository)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_becomes_dynamic(tmp_path, request_for, repository, batch):
+    net = exported(tmp_path / "net.onnx", batch=batch)
+    assert "Reshape" in {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+
+    version = import_version(request_for(), repository)
+
+    pixels = random_pixels(5, 24, 32)
+    x = torch.from_numpy(PRESETS["imagenet-torchvision"].rule.apply(pixels, "nchw", np.dtype(np.float32)))
+    np.testing.assert_allclose(ask(version, pixels).logits, net(x).detach(), atol=1e-4)
+
+
+def test_a_batch_that_cannot_be_freed_is_refused(tmp_path, request_for, repository):
+    body, weights = pooled()
+    body.insert(0, helper.make_node("Expand", ["x", "two"], ["doubled"]))
+    body[1].input[0] = "doubled"
+    constants = [("weights", weights), ("two", np.array([2, 3, 8, 8]))]
+    hand_made(tmp_path / "net.onnx", shape=[2, 3, 8, 8], body=body, output={"y": [2, 5]}, initializers=constants)
+
+    with pytest.raises(TrainingError, match="batch"):
+        import_version(request_for(), repository)
+    assert not repository.joinpath("imported").exists()
+
+
+def test_nhwc_is_recognised_and_normalised_along_its_last_axis(tmp_path, request_for, repository):
+    body, weights = pooled(layout="nhwc")
+    path = tmp_path / "net.onnx"
+    hand_made(
+        path, shape=["n", 8, 9, 3], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)], opset=13
+    )
+
+    version = import_version(request_for(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)), repository)
+
+    pixels = random_pixels(2, 8, 9)
+    x = (pixels / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
+    np.testing.assert_allclose(ask(version, pixels).logits, x.mean((1, 2)) @ weights, atol=1e-4)
+
+
+def test_bgr_models_get_blue_first_and_the_means_stay_with_their_colours(tmp_path, request_for, repository):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    weights /= 50
+    hand_made(
+        path, shape=["n", 3, 8, 9], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)], opset=13
+    )
+
+    version = import_version(request_for(preset="imagenet-caffe-bgr"), repository)
+
+    pixels = random_pixels(2, 8, 9)
+    x = pixels[..., ::-1] - np.array([103.939, 116.779, 123.68])
+    np.testing.assert_allclose(ask(version, pixels).logits, x.mean((1, 2)) @ weights, atol=1e-4)
+
+
+def test_probabilities_stay_what_they_are_and_get_logits(tmp_path, request_for, repository):
+    net = exported(tmp_path / "net.onnx", softmax=True)
+
+    version = import_version(request_for(), repository)
+
+    pixels = random_pixels(2, 24, 32)
+    x = torch.from_numpy(PRESETS["imagenet-torchvision"].rule.apply(pixels, "nchw", np.dtype(np.float32)))
+    found = ask(version, pixels)
+    np.testing.assert_allclose(found.probabilities, net(x).detach(), atol=1e-5)
+    np.testing.assert_allclose(found.logits, net(x).log().detach(), atol=1e-3)
+
+
+def test_names_of_the_contract_inside_the_graph_do_not_collide(tmp_path, request_for, repository):
+    weights = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    body = [
+        helper.make_node("ReduceMean", ["x"], ["image"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["image", "weights"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    output = {"probabilities": ["n", 5], "logits": ["n", 5]}
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output=output, initializers=[("weights", weights)])
+
+    version = import_version(request_for(output="logits", preset="zero-one"), repository)
+
+    pixels = random_pixels(2, 8, 8)
+    np.testing.assert_allclose(ask(version, pixels).logits, (pixels / 255).mean((1, 2)) @ weights, atol=1e-5)
+
+
+def test_an_old_operator_set_with_weights_among_the_inputs_is_brought_up_to_date(tmp_path, request_for, repository):
+    weights = np.random.default_rng(0).normal(size=(192, 5)).astype(np.float32)
+    body = [
+        helper.make_node("Flatten", ["x"], ["flat"], axis=1),
+        helper.make_node("Gemm", ["flat", "weights", "bias"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["y"], axis=1),
+    ]
+    constants = [("weights", weights), ("bias", np.zeros(5, np.float32))]
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5]}, initializers=constants, opset=9)
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("weights", 1, [192, 5]))  # as files of that time do
+    onnx.save(model, path)
+
+    version = import_version(request_for(preset="zero-one"), repository)
+
+    imported = onnx.load(version / "model.onnx")
+    pixels = random_pixels(2, 8, 8)
+    flat = (pixels / 255).transpose(0, 3, 1, 2).reshape(2, -1)
+    scores = flat @ weights
+    wanted = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    assert imported.opset_import[0].version == 18
+    np.testing.assert_allclose(ask(version, pixels).probabilities, wanted, atol=1e-5)
+
+
+def test_half_precision_graphs_get_half_precision_images(tmp_path, request_for, repository):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    constants = [("weights", weights.astype(np.float16))]
+    hand_made(
+        path,
+        shape=["n", 3, 8, 8],
+        body=body,
+        output={},
+        initializers=constants,
+        opset=13,
+        elem_type=TensorProto.FLOAT16,
+    )
+    model = onnx.load(path)
+    model.graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n", 5]))
+    onnx.save(model, path)
+
+    version = import_version(request_for(), repository)
+
+    assert ask(version, random_pixels(2, 8, 8)).logits.dtype == np.float32
+
+
+def test_scores_with_trailing_ones_are_flattened(tmp_path, request_for, repository):
+    weights = np.random.default_rng(0).normal(size=(5, 3, 1, 1)).astype(np.float32)
+    body = [
+        helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
+        helper.make_node("Conv", ["pooled", "weights"], ["y"]),
+    ]
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5, 1, 1]}, initializers=[("weights", weights)])
+
+    version = import_version(request_for(), repository)
+
+    assert ask(version, random_pixels(7, 8, 8)).logits.shape == (7, 5)
+
+
+def test_grayscale_models_take_one_value_for_all(tmp_path, request_for, repository):
+    net = exported(tmp_path / "net.onnx", channels=1)
+
+    version = import_version(request_for(mean=(0.13,), std=(0.31,)), repository)
+
+    pixels = random_pixels(2, 24, 32, 1)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    np.testing.assert_allclose(ask(version, pixels).logits, net((x - 0.13) / 0.31).detach(), atol=1e-4)
+
+
+def test_given_canary_images_go_into_the_version(tmp_path, request_for, repository):
+    exported(tmp_path / "net.onnx")
+    photo = tmp_path / "photo.JPG"
+    Image.fromarray(random_pixels(1, 60, 80)[0]).save(photo, "JPEG")
+
+    version = import_version(request_for(canary=(photo,)), repository)
+
+    assert [p.name for p in (version / "canary").iterdir()] == ["00.jpg"]
+    assert (version / "canary" / "00.jpg").read_bytes() == photo.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "imagenet"}, "unknown preset 'imagenet'; choose among imagenet-torchvision"),
+        ({"resize": "crop", "shorter_side": 20}, "--shorter-side 20 is smaller than the input of 24x32"),
+        ({"resize": "stretch", "shorter_side": 40}, "belongs to --resize crop"),
+        ({"mean": (0.1, 0.2)}, "do not fit images of 3 channels"),
+        ({"std": (0.0,)}, "std positive"),
+        ({"size": (25, 32)}, "contradicts"),
+        ({"output": "nothing"}, "has no output nothing"),
+        ({"name": "a/b"}, "letters, digits"),
+    ],
+)
+def test_choices_that_cannot_be_are_refused(tmp_path, request_for, repository, changes, message):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    hand_made(
+        path, shape=["n", 3, 24, 32], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)], opset=13
+    )
+
+    with pytest.raises(ConfigurationError, match=message):
+        import_version(request_for(**changes), repository)
+    assert not repository.exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (["n", "c", 8, 8], "does not tell where the channels are"),
+        (["n", 3, 8, 3], "does not tell where the channels are"),
+        (["n", 3, "h", "w"], "say with --size"),
+    ],
+)
+def test_what_the_shape_leaves_open_has_to_be_said(tmp_path, request_for, repository, shape, message):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=shape, body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+
+    with pytest.raises(ConfigurationError, match=message):
+        import_version(request_for(), repository)
+
+
+def test_a_graph_for_any_size_is_fixed_to_the_one_that_was_asked_for(tmp_path, request_for, repository):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    shape = ["n", 3, "h", "w"]
+    hand_made(path, shape=shape, body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+
+    version = import_version(request_for(size=(10, 12)), repository)
+
+    assert artifact.load(version).manifest.input.shape == (10, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "elem_type", "message"),
+    [
+        (["n", 4, 8, 8], TensorProto.FLOAT, "does not tell|needs 1 or 3 channels"),
+        (["n", 3, 8], TensorProto.FLOAT, "a batch of images has four dimensions"),
+        (["n", 3, 8, 8], TensorProto.DOUBLE, "is DOUBLE; float32 and float16"),
+    ],
+)
+def test_graphs_that_take_no_images_are_refused(tmp_path, request_for, repository, shape, elem_type, message):
+    body = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("Cast", ["flat"], ["y"], to=1)]
+    hand_made(tmp_path / "net.onnx", shape=shape, body=body, output={"y": ["n", "k"]}, elem_type=elem_type)
+
+    with pytest.raises((ArtifactError, ConfigurationError), match=message):
+        import_version(request_for(), repository)
+
+
+def test_an_output_that_is_no_list_of_scores_is_refused(tmp_path, request_for, repository):
+    body = [helper.make_node("Relu", ["x"], ["y"])]
+    hand_made(tmp_path / "net.onnx", shape=["n", 3, 8, 8], body=body, output={"y": ["n", 3, 8, 8]})
+
+    with pytest.raises(ArtifactError, match=r"a classifier gives \[N, classes\]"):
+        import_version(request_for(), repository)
+
+
+def test_independent_yes_or_no_scores_are_not_taken_for_a_classifier(tmp_path, request_for, repository):
+    body, weights = pooled()
+    body[-1].output[0] = "z"
+    body.append(helper.make_node("Sigmoid", ["z"], ["y"]))
+    path = tmp_path / "net.onnx"
+    hand_made(
+        path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)], opset=13
+    )
+
+    with pytest.raises(ConfigurationError, match="do not add up to 1"):
+        import_version(request_for(), repository)
+    assert import_version(request_for(scores="logits"), repository).name == "1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\nb\nc", "names 3 classes, but the graph gives 5 scores"),
+        ("a\nb\nc\nd", "background class"),
+    ],
+)
+def test_labels_are_counted_against_the_graph(tmp_path, request_for, repository, labels, text, message):
+    exported(tmp_path / "net.onnx")
+    labels.write_text(text)
+
+    with pytest.raises(ArtifactError, match=message):
+        import_version(request_for(), repository)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a\n\nb", "empty line at 2"), ("a\n", "has 1 lines"), ("", "has 0 lines")]
+)
+def test_labels_that_are_no_list_of_classes_are_refused(tmp_path, text, message):
+    path = tmp_path / "labels.txt"
+    path.write_text(text)
+
+    with pytest.raises(DataError, match=message):
+        importer.read_labels(path)
+
+
+def test_missing_and_binary_labels_are_named(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+
+    for name in ("missing", "binary"):
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            importer.read_labels(tmp_path / name)
+
+
+def test_equal_labels_are_told_apart_by_their_index(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("crane\r\nowl\r\ncrane\r\n", encoding="utf-8-sig")
+
+    assert importer.read_labels(path) == ("crane (0)", "owl", "crane (2)")
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x07"])
+def test_files_that_are_no_models_are_refused(tmp_path, request_for, repository, content):
+    (tmp_path / "net.onnx").write_bytes(content)
+
+    with pytest.raises(ArtifactError, match=r"net\.onnx is not"):
+        import_version(request_for(), repository)
+
+
+def test_a_missing_model_is_named(request_for, repository):
+    with pytest.raises(ArtifactError, match=r"net\.onnx does not exist"):
+        import_version(request_for(), repository)
+
+
+def test_a_graph_with_two_inputs_is_refused(tmp_path, request_for, repository):
+    path = tmp_path / "net.onnx"
+    hand_made(
+        path, shape=["n", 3, 8, 8], body=[helper.make_node("Add", ["x", "z"], ["y"])], output={"y": ["n", 3, 8, 8]}
+    )
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("z", 1, ["n", 3, 8, 8]))
+    onnx.save(model, path)
+
+    with pytest.raises(ArtifactError, match="has 2: x, z"):
+        import_version(request_for(), repository)
+
+
+def test_the_command_imports_and_says_what_comes_next(tmp_path, labels):
+    exported(tmp_path / "net.onnx")
+
+    result = CliRunner().invoke(
+        import_cli.import_model,
+        [str(tmp_path / "net.onnx"), "--labels", str(labels), "--repository", str(tmp_path / "r"),
+         "--mean", "0.5", "--std", "0.2,0.3,0.4", "--order", "bgr", "--resize", "crop", "--shorter-side", "40",
+         "--licence", "MIT"],
+        catch_exceptions=False,
+    )  # fmt: skip
+
+    manifest = artifact.load(tmp_path / "r" / "net" / "1").manifest
+    assert result.exit_code == 0
+    assert "convoy classify IMAGE --server localhost:8500 --model net" in result.output
+    assert manifest.recipe["mean"] == [0.5, 0.5, 0.5]
+    assert manifest.recipe["std"] == [0.2, 0.3, 0.4]
+    assert manifest.recipe["channel_order"] == "bgr"
+    assert manifest.input.resize.shorter_side == 40
+    assert manifest.weights.licence == "MIT"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mean", "a,b"], "is not a number or a list"),
+        (["--size", "0x12"], "is not a size"),
+        (["--size", "12x"], "is not a size"),
+        (["--preset", "imagenet"], "imagenet-torchvision"),
+        ([], "Missing option '--labels'"),
+    ],
+)
+def test_the_command_explains_wrong_flags(tmp_path, flags, message):
+    given = ["--labels", "missing.txt"] if flags else []
+
+    result = CliRunner().invoke(import_cli.import_model, ["net.onnx", *given, *flags])
+
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_the_command_knows_every_preset():
+    choices = next(p.type.choices for p in import_cli.import_model.params if p.name == "preset")
+
+    assert tuple(choices) == tuple(PRESETS)
+
+
+def test_every_choice_of_the_command_is_a_field_of_the_request():
+    fields = {field.name for field in dataclasses.fields(Request)}
+    flags = {p.name for p in import_cli.import_model.params} - {"repository", "source", "licence"}
+
+    assert flags == fields - {"weights"}
