@@ -416,9 +416,9 @@ def dashboard(uid: str, title: str, what: str, rows: list[Row], variables: list[
         x = height = 0
         for panel in row:
             if x + panel.width > WIDTH:
-                x, y = 0, y + height
+                x, y, height = 0, y + height, 0
             panels.append(panel_json(panel, len(panels) + 1, x, y))
-            x, height = x + panel.width, panels[-1]["gridPos"]["h"]
+            x, height = x + panel.width, max(height, panels[-1]["gridPos"]["h"])
         y += height
     return {
         "uid": uid,
