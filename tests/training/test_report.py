@@ -4,7 +4,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from service import artifact
 from service.artifact import Canary, FileEntry, Manifest, RejectedVariant, Variant
@@ -198,27 +197,3 @@ def test_an_imported_model_gets_a_card_without_judgement(digits_trained):
     assert "Nothing is known about the data" in page
     assert "not measured" in page
     assert "Worst mistakes" not in page
-
-
-@pytest.mark.parametrize(("right", "images"), [(0, 10), (198, 200), (50, 50), (3, 7)])
-def test_the_interval_is_wilsons(right, images):
-    wanted = stats.binomtest(right, images).proportion_ci(method="wilson")
-
-    assert report.wilson_interval(right / images, images) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
-
-
-def test_no_images_say_nothing():
-    assert report.wilson_interval(0, 0) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(999, "999 bytes"), (1024, "1.0 KiB"), (46_827_520, "44.7 MiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5120.0 GiB")],
-)
-def test_sizes_for_people(value, text):
-    assert report.size(value) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(9_946, "9,946"), (93_322, "93.3 k"), (11_689_512, "11.7 M")])
-def test_counts_for_people(value, text):
-    assert report.short(value) == text
