@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from service import logs
@@ -46,9 +47,8 @@ class Around(aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
-        watched = grpc.unary_unary_rpc_method_handler(
-            _Watched(path, handler.unary_unary, self._metrics).handle,
-            request_deserializer=handler.request_deserializer,
+        watched: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
+            _Watched(path, handler, self._metrics).handle,
             response_serializer=handler.response_serializer,
         )
         self._handlers[path] = watched
@@ -58,38 +58,43 @@ class Around(aio.ServerInterceptor):
 class _Watched:
     """One method of the API, with everything around it."""
 
-    def __init__(self, path: str, method: Method, metrics: Metrics) -> None:
+    def __init__(self, path: str, handler: Any, metrics: Metrics) -> None:
         _, service, self._name = path.split("/", 2)
-        self._method = method
+        self._method: Method = handler.unary_unary
+        self._parse: Callable[[bytes], Any] = handler.request_deserializer
         self._labels = ("unary", service, self._name)
         self._started = metrics.grpc_started.labels(*self._labels)
         self._seconds = metrics.grpc_seconds.labels(*self._labels)
         self._handled = metrics.grpc_handled
         self._shed = metrics.shed
 
-    async def handle(self, request: Any, context: Context) -> Any:
-        """Answers one call."""
+    async def handle(self, message: bytes, context: Context) -> Any:
+        """Answers one call; `message` is parsed here, since grpc.aio answers what cannot be parsed with UNKNOWN."""
         began = time.monotonic()
         self._started.inc()
         request_id = _request_id(context)
         structlog.contextvars.clear_contextvars()
         logs.request_context(request_id=request_id, method=self._name)
-        context.set_trailing_metadata(((REQUEST_ID, request_id),))
+        trailers: tuple[tuple[str, str], ...] = ((REQUEST_ID, request_id),)
+        context.set_trailing_metadata(trailers)
         code = grpc.StatusCode.OK
         try:
-            return await self._method(request, context)
+            return await self._method(self._parse(message), context)
         except asyncio.CancelledError:
             code = _code_of_cancellation(context)
             raise
         except aio.AbortError:
             code = _code_of_abort(context)  # the method (health's, of the library) has sent its status already
             raise
+        except DecodeError:
+            code = grpc.StatusCode.INTERNAL  # what the gRPC specification has for it
+            await context.abort(code, "the request is damaged, or no message of this method", trailers)
         except Exception as error:  # noqa: BLE001  # whatever it is, the client gets a status and the log the cause
             code = status.code_of(error)
             _log_internal(error, code)
             if isinstance(error, UnavailableError):
                 self._shed.labels(error.reason).inc()
-            trailers = ((REQUEST_ID, request_id), *status.retry_pushback(error))
+            trailers += status.retry_pushback(error)
             await context.abort(code, status.message_of(error, request_id), trailers)
         finally:
             self._record(code, time.monotonic() - began)

@@ -19,6 +19,9 @@ Context = aio.ServicerContext[Any, Any]
 
 DEFAULT_TOP_K = 5
 
+# So many images are named when all of a request are unusable: the text of a status travels in the trailers.
+_NAMED_FAULTS = 16
+
 # Smaller goes first.
 _PRIORITIES = {pb.PRIORITY_HIGH: -1, pb.PRIORITY_NORMAL: 0, pb.PRIORITY_LOW: 1}
 _REASONS = {fault: pb.ImageError.Reason.Value(fault.name) for fault in ImageFault}
@@ -83,7 +86,9 @@ def _raise_if_all_failed(result: Result) -> None:
         return
     if any(fault.reason is ImageFault.NON_FINITE_OUTPUT for fault in faults):
         raise EngineError("the model's output is not finite for any image of the request")
-    raise InvalidRequestError("; ".join(f"image {position}: {fault}" for position, fault in enumerate(faults)))
+    named = "; ".join(f"image {position}: {fault}" for position, fault in enumerate(faults[:_NAMED_FAULTS]))
+    more = len(faults) - _NAMED_FAULTS
+    raise InvalidRequestError(named if more <= 0 else f"{named}; and {more} more of {len(faults)} images")
 
 
 def _response(model: ServedModel, result: Result, total_s: float) -> pb.ClassifyResponse:

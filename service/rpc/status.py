@@ -18,6 +18,8 @@ from service.errors import (
     UnavailableError,
 )
 
+_MAX_TEXT = 4000
+
 # The first row whose class matches decides; everything else is INTERNAL.
 _TABLE: tuple[tuple[type[ConvoyError], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -47,7 +49,13 @@ def message_of(error: Exception, request_id: str) -> str:
         return f"internal error; the server's log has it under request id {request_id}"
     if isinstance(error, EngineError):  # the runtime's own words name files and addresses
         return f"the server cannot compute this now; its log has the cause under request id {request_id}"
-    return str(error)
+    return shortened(str(error))
+
+
+def shortened(text: str) -> str:
+    """A text that fits into the trailers: clients refuse more than 8 KB of them, and then see another status."""
+    limit = _MAX_TEXT if text.isascii() else _MAX_TEXT // 9  # percent-encoded, a character may take nine bytes
+    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 def retry_pushback(error: Exception) -> tuple[tuple[str, str], ...]:
