@@ -46,7 +46,7 @@ def devices(load: Load = ctypes.CDLL) -> tuple[Gpu, ...]:
     except OSError:
         return ()
     count = ctypes.c_int(0)
-    if driver.cuInit(0) != _SUCCESS or driver.cuDeviceGetCount(ctypes.byref(count)) != _SUCCESS:
+    if driver.cuInit(0) != _SUCCESS or driver.cuDeviceGetCount(ctypes.pointer(count)) != _SUCCESS:
         return ()
     return tuple(_describe(driver, index) for index in range(count.value))
 
@@ -95,11 +95,11 @@ def visible() -> tuple[Gpu, ...]:
 
 def _describe(driver: Any, index: int) -> Gpu:
     handle, name = ctypes.c_int(0), ctypes.create_string_buffer(_NAME_BYTES)
-    driver.cuDeviceGet(ctypes.byref(handle), index)
+    driver.cuDeviceGet(ctypes.pointer(handle), index)
     driver.cuDeviceGetName(name, _NAME_BYTES, handle)
     capability = []
     for attribute in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR):
         value = ctypes.c_int(0)
-        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
+        driver.cuDeviceGetAttribute(ctypes.pointer(value), attribute, handle)
         capability.append(str(value.value))
     return Gpu(index, name.value.decode(errors="replace"), ".".join(capability))

@@ -126,7 +126,7 @@ class OrtEngine:
         return time.perf_counter() - began
 
     def _run(self, count: int, *, last_of_warm_up: bool = False) -> Outputs:
-        """The first `count` images of the buffer. The result is the caller's to keep."""
+        """The first `count` images of the buffer."""
         if self._lost:
             raise DeviceLostError(self._lost)
         bucket = next(size for size in self.buckets if size >= count)
@@ -137,7 +137,7 @@ class OrtEngine:
             if isinstance(meant, DeviceLostError):
                 self._lost = str(meant)
             raise meant from error
-        return Outputs(logits[:count].copy(), probabilities[:count].copy())
+        return Outputs(logits[:count], probabilities[:count])
 
     def _run_halves(self, count: int) -> Outputs:
         half = (count + 1) // 2
@@ -186,7 +186,7 @@ def executors(version: ModelVersion, loaded: Loaded, variant: str, buckets: Sequ
                 for session, gpu in zip(loaded.sessions, plan.gpus, strict=True)
             ]
         else:
-            runners = [HostRunner(loaded.sessions[0], buckets, shape, classes) for _ in range(plan.executors)]
+            runners = [HostRunner(loaded.sessions[0], buckets[-1], shape) for _ in range(plan.executors)]
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
         raise faults.translate(error) from error
     return [OrtEngine(runner, plan, variant, buckets) for runner in runners]

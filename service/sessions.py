@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 from collections import Counter
@@ -86,7 +87,7 @@ def load(
         sessions: tuple[Any, ...] = (_open(path, plan, options),)
         graphs = False
     else:
-        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where the system has none
+        _preload_cuda()
         sessions, graphs = _open_gpus(version, path, plan, buckets, engine_cache)
     first = sessions[0]
     artifact.check_signature(version.manifest, _signature(first, "inputs"), _signature(first, "outputs"))
@@ -130,7 +131,7 @@ def _gpu_options(
         return providers.cuda_options(plan, gpu, graphs=graphs)
     cache = None
     if engine_cache is not None:
-        device = next(found for found in cuda.visible() if found.index == gpu)
+        device = cuda.visible()[gpu]
         cache = providers.tensorrt_cache(
             engine_cache,
             gpu_name=device.name,
@@ -145,6 +146,14 @@ def _gpu_options(
     return providers.tensorrt_options(
         plan, gpu, shape=version.manifest.input.shape, input_name=artifact.INPUT_NAME, buckets=buckets, cache=cache
     )
+
+
+def _preload_cuda() -> None:
+    """Loads CUDA and cuDNN from their wheels, where they are installed that way. What it prints goes to the log."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        ort.preload_dlls()
+    if said := printed.getvalue().strip():
+        _log.info("CUDA's libraries are not in Python packages; the system's are taken", detail=said)
 
 
 def _open(path: Path, plan: Plan, options: Mapping[str, str]) -> Any:

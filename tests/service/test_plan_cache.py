@@ -1,0 +1,101 @@
+"""What was measured, on disk."""
+
+import dataclasses
+
+import pytest
+from variants import machine, version_with
+
+from service import plan_cache
+from service.candidates import Wishes
+from service.plan_cache import PlanCache, Row, Table
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory):
+    return version_with(tmp_path_factory.mktemp("models"))
+
+
+def row(outcome="chosen"):
+    return Row(
+        provider="CPUExecutionProvider", variant="fp32", file="model.onnx", precision="", executors=2, threads=1,
+        outcome=outcome, images_per_second=10.0,
+    )  # fmt: skip
+
+
+TABLE = Table(rows=(row(),), largest_batch=8, seconds=0.5)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    cache = PlanCache(tmp_path / "plans")
+    assert cache.read("a") is None
+    assert cache.write("a", TABLE)
+    assert cache.read("a") == TABLE
+    assert cache.read("b") is None
+
+
+def test_a_forgotten_table_is_gone(tmp_path):
+    cache = PlanCache(tmp_path)
+    cache.write("a", TABLE)
+    cache.forget("a")
+    cache.forget("a")
+    assert cache.read("a") is None
+
+
+def test_nothing_half_written_stays_behind(tmp_path):
+    PlanCache(tmp_path).write("a", TABLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"rows": []}', b"\xff\xfe", TABLE.model_dump_json().encode()[:-9]])
+def test_a_damaged_table_is_none(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    assert PlanCache(tmp_path).read("a") is None
+
+
+def test_a_table_without_a_choice_is_none(tmp_path):
+    cache = PlanCache(tmp_path)
+    cache.write("a", Table(rows=(row("slower"),), largest_batch=8, seconds=0.5))
+    assert cache.read("a") is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    cache = PlanCache(tmp_path / "file" / "plans")
+    assert not cache.write("a", TABLE)
+    assert cache.read("a") is None
+    cache.forget("a")
+
+
+def test_the_key_is_stable(version):
+    assert plan_cache.key(version, Wishes(), machine()) == plan_cache.key(version, Wishes(), machine())
+
+
+@pytest.mark.parametrize(
+    ("wishes", "on"),
+    [
+        (Wishes(providers=("cpu",)), machine()),
+        (Wishes(options={"cpu": {"a": "b"}}), machine()),
+        (Wishes(variant="fp32"), machine()),
+        (Wishes(executors=1), machine()),
+        (Wishes(intra_op_threads=2), machine()),
+        (Wishes(max_batch_size=64), machine()),
+        (Wishes(batch_limit_s=0.5), machine()),
+        (Wishes(), machine(cpus=4)),
+        (Wishes(), machine(flags=("avx2",))),
+        (Wishes(), machine(gpus=("NVIDIA L4",))),
+        (Wishes(), machine(onnxruntime="1.32.0")),
+        (Wishes(), machine(openvino="1.8.1")),
+        (Wishes(), dataclasses.replace(machine(), cpu_name="Another CPU")),
+    ],
+)
+def test_whatever_changes_the_outcome_changes_the_key(version, wishes, on):
+    assert plan_cache.key(version, wishes, on) != plan_cache.key(version, Wishes(), machine())
+
+
+def test_another_model_has_another_key(tmp_path, version):
+    other = version_with(tmp_path, int8=lambda model: model)
+    assert plan_cache.key(other, Wishes(), machine()) != plan_cache.key(version, Wishes(), machine())
+
+
+def test_the_budget_does_not_change_the_key(version):
+    assert plan_cache.key(version, Wishes(budget_s=1), machine()) == plan_cache.key(version, Wishes(), machine())

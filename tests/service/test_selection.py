@@ -1,0 +1,202 @@
+"""The choice among variants and providers, with real sessions on the CPU provider."""
+
+import pytest
+import structlog
+from variants import CLASSES, levels_image, machine, slowed, version_with, wrong
+
+from service import sessions
+from service.candidates import Wishes
+from service.errors import ArtifactError, ConfigurationError, ProviderError
+from service.providers import CPU, OPENVINO, TENSORRT
+from service.selection import Selector, this_machine
+
+ON_CPU = Wishes(providers=("cpu",), max_batch_size=8)
+
+
+def nothing_missing(provider):
+    return ""
+
+
+def same(model):
+    return model
+
+
+def outcomes(table):
+    return {(row.variant, row.provider): row.outcome for row in table.rows}
+
+
+@pytest.fixture
+def selector(tmp_path):
+    return Selector(machine(), tmp_path / "cache")
+
+
+@pytest.fixture
+def logged():
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+
+
+def test_the_fastest_is_chosen(tmp_path, selector):
+    version = version_with(tmp_path, fp32=slowed, int8=same)
+    engines = selector.build(version, ON_CPU)
+    assert {one.variant for one in engines} == {"model.int8.onnx"}
+    assert len(engines) == 2
+    table, remembered = selector.table(version, ON_CPU)
+    assert remembered
+    assert outcomes(table) == {("int8", CPU): "chosen", ("fp32", CPU): "slower"}
+    assert table.chosen.images_per_second > 2 * table.rows[1].images_per_second
+
+
+def test_of_two_that_are_as_fast_the_exact_one_is_chosen(tmp_path, selector):
+    # Equal graphs may still differ by noise: what matters is that the order of trying does not decide.
+    version = version_with(tmp_path, fp32=same, int8=lambda model: slowed(model, work=4))
+    assert selector.table(version, ON_CPU)[0].chosen.variant == "fp32"
+
+
+def test_the_fastest_is_refused_if_its_answers_are_wrong(tmp_path, selector):
+    version = version_with(tmp_path, fp32=slowed, int8=wrong)
+    (row, chosen) = selector.table(version, ON_CPU)[0].rows
+    assert (row.variant, row.outcome, chosen.outcome) == ("int8", "refused", "chosen")
+    assert "the canary's probabilities are off by" in row.note
+
+
+def test_if_nothing_is_right_nothing_is_served(tmp_path, selector):
+    version = version_with(tmp_path, fp32=wrong)
+    with pytest.raises(ArtifactError, match=r"cannot be served: fp32 on cpu: .* off by"):
+        selector.build(version, ON_CPU)
+
+
+def test_the_engines_are_warm(tmp_path, selector):
+    for one in selector.build(version_with(tmp_path), ON_CPU):
+        assert set(one.measured_s) == set(one.buckets)
+
+
+def test_a_variant_can_be_pinned(tmp_path, selector):
+    version = version_with(tmp_path, fp32=slowed, int8=same)
+    wishes = Wishes(providers=("cpu",), variant="fp32", max_batch_size=2)
+    assert {one.variant for one in selector.build(version, wishes)} == {"model.onnx"}
+    with pytest.raises(ConfigurationError, match="has no variant fp16"):
+        selector.build(version, Wishes(variant="fp16"))
+
+
+def test_batches_on_a_cpu_are_cut_to_the_time_they_may_take(tmp_path, selector):
+    version = version_with(tmp_path, fp32=slowed)
+    free = selector.table(version, Wishes(providers=("cpu",), max_batch_size=8, batch_limit_s=0))[0]
+    image_s = free.chosen.executors / free.chosen.images_per_second
+    limited = selector.table(version, Wishes(providers=("cpu",), max_batch_size=8, batch_limit_s=3.5 * image_s))[0]
+    assert free.largest_batch == 8
+    assert 1 <= limited.largest_batch < 8
+    assert selector.table(version, Wishes(providers=("cpu",), batch_limit_s=1e-9))[0].largest_batch == 1
+
+
+# --- what is remembered
+
+
+def test_the_next_start_does_not_measure_again(tmp_path, selector, logged):
+    version = version_with(tmp_path, int8=same)
+    selector.build(version, ON_CPU)
+    again = Selector(machine(), tmp_path / "cache").build(version, ON_CPU)
+    told = [line["remembered"] for line in logged if line["event"] == "plan"]
+    assert told == [False, True]
+    outputs = again[0].infer([levels_image([0, 255], version.manifest.input)])
+    assert outputs.probabilities.argmax(axis=1).tolist() == [0, CLASSES - 1]
+
+
+def test_another_machine_measures_for_itself(tmp_path, selector):
+    version = version_with(tmp_path)
+    selector.table(version, ON_CPU)
+    assert not Selector(machine(cpus=1), tmp_path / "cache").table(version, ON_CPU)[1]
+
+
+def test_refresh_measures_again(tmp_path, selector):
+    version = version_with(tmp_path)
+    selector.table(version, ON_CPU)
+    assert not selector.table(version, ON_CPU, refresh=True)[1]
+
+
+def test_a_directory_that_cannot_be_written_only_costs_the_measuring(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    selector = Selector(machine(), tmp_path / "file")
+    version = version_with(tmp_path)
+    assert selector.build(version, ON_CPU)
+    assert not selector.table(version, ON_CPU)[1]
+
+
+def test_a_plan_that_does_not_work_any_more_is_replaced(tmp_path, selector, logged):
+    version = version_with(tmp_path)
+    table = selector.table(version, ON_CPU)[0]
+    (file,) = (tmp_path / "cache" / "plans").iterdir()
+    elsewhere = table.chosen.model_copy(update={"provider": OPENVINO})
+    file.write_text(table.model_copy(update={"rows": (elsewhere,)}).model_dump_json())
+    assert selector.build(version, ON_CPU)[0].provider == CPU
+    assert [line for line in logged if line["event"].startswith("a remembered plan does not work any more")]
+    assert selector.table(version, ON_CPU)[0].chosen.provider == CPU
+
+
+# --- what is asked for
+
+
+def test_a_provider_asked_for_and_missing_fails(tmp_path, selector):
+    with pytest.raises(ProviderError, match="cuda: the NVIDIA driver shows no GPU"):
+        selector.build(version_with(tmp_path), Wishes(providers=("cuda", "cpu")))
+
+
+def test_a_provider_that_fails_to_load_the_model_fails_the_start(tmp_path):
+    selector = Selector(machine(gpus=("NVIDIA L4",)), tmp_path / "cache", nothing_missing)
+    with pytest.raises(ProviderError, match=r"cannot run as asked \(fp32 on cuda: .*CUDAExecutionProvider"):
+        selector.build(version_with(tmp_path), Wishes(providers=("cuda",), max_batch_size=2))
+
+
+def test_a_gpu_that_does_not_work_fails_the_start_even_with_auto(tmp_path):
+    def missing(provider):
+        return "no TensorRT" if provider == TENSORRT else ""
+
+    selector = Selector(machine(gpus=("NVIDIA L4",)), tmp_path / "cache", missing)
+    with pytest.raises(ProviderError, match="cannot run as asked"):
+        selector.build(version_with(tmp_path), Wishes(max_batch_size=2))
+
+
+def test_with_fallback_the_cpu_serves_and_it_is_told(tmp_path, logged):
+    selector = Selector(machine(gpus=("NVIDIA L4",)), tmp_path / "cache", nothing_missing)
+    wishes = Wishes(providers=("cuda",), allow_fallback=True, max_batch_size=2)
+    assert selector.build(version_with(tmp_path), wishes)[0].provider == CPU
+    assert [line for line in logged if line["event"] == "falling back to the CPU" and line["log_level"] == "warning"]
+
+
+def test_what_is_left_out_by_fallback_is_told(tmp_path, selector, logged):
+    version = version_with(tmp_path)
+    wishes = Wishes(providers=("cuda",), allow_fallback=True, max_batch_size=2)
+    assert selector.build(version, wishes)[0].provider == CPU
+    (line,) = [line for line in logged if line["event"] == "provider left out"]
+    assert (line["provider"], line["log_level"]) == ("cuda", "warning")
+
+
+# --- openvino, where it is not worth it
+
+
+def test_openvino_is_not_even_asked_about_for_a_model_that_takes_no_time(tmp_path):
+    asked = []
+
+    def missing(provider):
+        asked.append(provider)
+        return ""
+
+    selector = Selector(machine(openvino="1.8.1"), tmp_path / "cache", missing)
+    table = selector.table(version_with(tmp_path), Wishes(max_batch_size=8))[0]
+    skipped = [row for row in table.rows if row.provider == OPENVINO]
+    assert skipped
+    assert all(row.outcome == "skipped" and "nothing to gain" in row.note for row in skipped)
+    assert OPENVINO not in asked
+
+
+def test_the_budget_ends_the_trying_but_not_before_something_works(tmp_path, selector):
+    version = version_with(tmp_path, int8=same)
+    wishes = Wishes(providers=("cpu",), max_batch_size=8, budget_s=0)
+    assert [row.outcome for row in selector.table(version, wishes)[0].rows] == ["chosen", "skipped"]
+
+
+def test_this_machine_is_described():
+    here = this_machine()
+    assert here.cpus >= 1
+    assert here.versions["onnxruntime"]
+    assert sessions.missing(CPU) == ""
