@@ -48,7 +48,7 @@ serve: $(RUNTIME) ## serve the demo's model until Ctrl-C
 
 .PHONY: bench
 bench: $(DEV) ## measure the service against the floor of this machine
-	@$(BIN)/python -m tests.benchmarks
+	@$(BIN)/python tests/benchmarks/serving.py
 
 .PHONY: accuracy
 accuracy: $(DEV) ## 5-fold accuracy of the demo's recipe on the digits

@@ -9,6 +9,7 @@ means nothing here.
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import photos
 import torch
@@ -66,4 +67,4 @@ def benchmark_model(folder: Path, name: str) -> Path:
 
 if __name__ == "__main__":
     for each in sys.argv[2:]:
-        print(benchmark_model(Path(sys.argv[1]), each))
+        click.echo(benchmark_model(Path(sys.argv[1]), each))

@@ -3,6 +3,7 @@
 python tests/benchmarks/echo_server.py        prints its port
 """
 
+import click
 import uvloop
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
@@ -22,7 +23,7 @@ class Echo(pb_grpc.ImageClassifierServicer):
 async def main():
     server = aio.server(options=[("grpc.max_receive_message_length", MESSAGE_BYTES)])
     pb_grpc.add_ImageClassifierServicer_to_server(Echo(), server)
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    click.echo(server.add_insecure_port("127.0.0.1:0"))
     await server.start()
     await server.wait_for_termination()
 

@@ -10,6 +10,7 @@ import io
 import sys
 from concurrent import futures
 
+import click
 import grpc
 import numpy as np
 import onnxruntime as ort
@@ -52,7 +53,7 @@ def main():
         futures.ThreadPoolExecutor(WORKERS), options=[("grpc.max_receive_message_length", MESSAGE_BYTES)]
     )
     pb_grpc.add_ImageClassifierServicer_to_server(Textbook(path, size, shorter_side), server)
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    click.echo(server.add_insecure_port("127.0.0.1:0"))
     server.start()
     server.wait_for_termination()
 

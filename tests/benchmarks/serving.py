@@ -1,0 +1,301 @@
+"""The service against the floor of this machine, and against the server that everyone writes first.
+
+    python tests/benchmarks/serving.py                        # resnet18: about eight minutes on 2 cores
+    python tests/benchmarks/serving.py resnet50 --rounds 5
+    python tests/benchmarks/serving.py --small                # a tiny model, where the transport is all
+
+Everything is measured in turn, round after round, and compared within the round; what is reported is the median of the
+rounds' ratios, with the smallest and the largest. The load generator runs on the same cores.
+
+The floor is the best in-process pipeline found (decode, resize, infer; threads, batch sizes and executors searched in
+the first round), plus the measured time of an empty call of the same size through the same gRPC stack.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import bench_models
+import click
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+from service import artifact, engine, providers, resources
+from service.preprocess import preprocess
+
+HERE = Path(__file__).resolve().parent
+IN_FLIGHT = 32
+FLOOR_S = 6.0
+# Threads that decode and infer, executors they share, threads within a batch, images in a batch.
+PIPELINES = [
+    (threads, executors, intra, batch)
+    for threads, executors, intra in ((2, 2, 1), (3, 3, 1), (2, 2, 2), (3, 3, 2))
+    for batch in (1, 4, 8)
+]
+
+
+# --- the floor
+
+
+class Pipeline:
+    """Decode, resize and infer in one process: threads that each decode a batch and run it."""
+
+    def __init__(self, version, provider, variant, setting):
+        self.threads, executors, intra, self.batch = setting
+        plan = providers.cpu_plan(resources.cpu_count(), provider=provider, executors=executors, intra_op_threads=intra)
+        self.engines = engine.build(version, plan, max(self.batch, 2), variant)
+        engine.warm_up(self.engines)
+        self.spec = version.manifest.input
+
+    def rate(self, images, seconds):
+        """Images per second."""
+        done = [0] * self.threads
+        began = time.monotonic()
+
+        def work(number):
+            pixels = np.empty((self.batch, *self.spec.shape), np.uint8)
+            position = number * 17
+            while time.monotonic() - began < seconds:
+                for row in pixels:
+                    preprocess(images[position % len(images)], self.spec, out=row)
+                    position += 1
+                self.engines[number % len(self.engines)].infer([pixels])
+                done[number] += self.batch
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(self.threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(done) / (time.monotonic() - began)
+
+    def close(self):
+        for each in self.engines:
+            each.close()
+
+
+def best_pipeline(version, provider, variant, images, console):
+    """The fastest of `PIPELINES`, tried briefly."""
+    rates = {}
+    for setting in PIPELINES:
+        pipeline = Pipeline(version, provider, variant, setting)
+        rates[setting] = pipeline.rate(images, 2.0)
+        pipeline.close()
+    best = max(rates, key=rates.get)
+    console.print(
+        f"floor: {best[0]} threads, {best[1]} executors of {best[2]} threads, batches of {best[3]}: "
+        f"{rates[best]:.1f} images/s when tried"
+    )
+    return Pipeline(version, provider, variant, best)
+
+
+# --- servers and load
+
+
+@contextmanager
+def running(command, port_of):
+    """A server process; yields its address once `port_of` finds it in a line of its output."""
+    with tempfile.TemporaryFile("w+") as trash:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            address = next(found for line in process.stdout if (found := port_of(line)))
+            threading.Thread(target=lambda: trash.writelines(process.stdout), daemon=True).start()
+            yield address
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def convoy(repository, *flags):
+    """A `convoy serve` on a free port."""
+    command = ["-m", "service", "serve", "--repository", repository, "--port", "0", "--http-port", "0"]
+    return running([*command, "--log-format", "json", *flags], _ready)
+
+
+def _ready(line):
+    return json.loads(line)["grpc"] if '"event": "ready"' in line else None
+
+
+def script(name, *arguments):
+    """One of the servers beside this file."""
+    return running(
+        [HERE / name, *arguments], lambda line: f"127.0.0.1:{line.strip()}" if line.strip().isdecimal() else None
+    )
+
+
+def load(address, images, *, seconds, model="", **flags):
+    """Runs `convoy bench` in a process of its own; its one level as a dictionary."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        arguments = ["--server", address, "--duration", seconds, "--warmup", 1, "--json", file.name]
+        if model:
+            arguments += ["--model", model]
+        for name, value in flags.items():
+            arguments += [f"--{name.replace('_', '-')}", value]
+        subprocess.run(
+            [sys.executable, "-m", "service", "bench", str(images), *map(str, arguments)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=600,
+        )
+        return json.loads(Path(file.name).read_text())["levels"][0]
+
+
+def closed(address, images, *, seconds, in_flight=IN_FLIGHT, **flags):
+    """Images per second with so many callers."""
+    level = load(address, images, seconds=seconds, concurrency=in_flight, deadline_ms=20_000, **flags)
+    return level["images"]
+
+
+# --- what is measured
+
+
+def photos_on(model, folder, rounds, seconds, variant, console):
+    """Floor, service, echo and textbook server on 500x375 photos; rates of each round."""
+    path = bench_models.benchmark_model(folder, model)
+    version = artifact.load(path)
+    photo_folder = bench_models.photo_folder(folder)
+    images = [file.read_bytes() for file in sorted(photo_folder.glob("*.jpg"))]
+    spec = version.manifest.input
+    flags = ["--models", model, *(["--variant", variant] if variant else [])]
+    rates = {"pipeline": [], "service": [], "echo": [], "textbook": []}
+    with (
+        convoy(folder / "models", *flags) as service,
+        script("echo_server.py") as echo,
+        script("textbook_server.py", version.file(artifact.MODEL), spec.height, spec.resize.shorter_side) as textbook,
+    ):
+        provider, file = served_by(service)
+        console.print(f"{model}: the service runs {file} on {provider}")
+        pipeline = best_pipeline(version, provider, file, images, console)
+        for _ in range(rounds):
+            rates["pipeline"].append(pipeline.rate(images, FLOOR_S))
+            rates["service"].append(closed(service, photo_folder, seconds=seconds))
+            rates["echo"].append(closed(echo, photo_folder, seconds=min(seconds, 3)))
+            rates["textbook"].append(closed(textbook, photo_folder, seconds=seconds))
+        overload = overloaded(service, photo_folder, statistics.median(rates["service"]))
+        pipeline.close()
+    rates["floor"] = [1 / (1 / one + 1 / two) for one, two in zip(rates["pipeline"], rates["echo"], strict=True)]
+    return rates, overload
+
+
+def served_by(address):
+    """Provider and variant that a server runs."""
+    from service.client import Client
+
+    with Client(address) as client:
+        model = client.model()
+        names = {variant.name: variant for variant in model.variants}
+        active = next(name for name, variant in names.items() if variant.active)
+        file = artifact.MODEL if active == "fp32" else f"model.{active}.onnx"
+        return model.summary.provider, file
+
+
+def overloaded(address, images, capacity, deadline_ms=200, seconds=10):
+    """Open loop at 3 and 0.7 times the capacity, and unloaded."""
+    return {
+        "capacity": capacity,
+        "unloaded": load(address, images, seconds=5, concurrency=1, deadline_ms=20_000),
+        "at 0.7": load(address, images, seconds=seconds, rate=0.7 * capacity, deadline_ms=5000),
+        "at 3": load(address, images, seconds=seconds, rate=3 * capacity, deadline_ms=deadline_ms),
+    }
+
+
+def small_images(folder):
+    """Digits as 28x28 PNG, made once."""
+    target = folder / "small"
+    if not target.is_dir():
+        target.mkdir(parents=True)
+        for number, pixels in enumerate(load_digits().images[:300]):
+            image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((28, 28), Image.Resampling.BICUBIC)
+            image.save(target / f"{number:03d}.png")
+    return target
+
+
+def small_model(folder, rounds, seconds):
+    """LeNet on 28x28 PNG: the service against an empty echo, and 64 images in a request against one."""
+    bench_models.benchmark_model(folder, "lenet5")
+    images = small_images(folder)
+    rates = {"service": [], "echo": [], "service, 64 per request": []}
+    with convoy(folder / "models", "--models", "lenet5") as service, script("echo_server.py") as echo:
+        for _ in range(rounds):
+            rates["echo"].append(closed(echo, images, seconds=seconds))
+            rates["service"].append(closed(service, images, seconds=seconds))
+            rates["service, 64 per request"].append(
+                closed(service, images, seconds=seconds, images_per_request=64, in_flight=8)
+            )
+    return rates
+
+
+# --- what is told
+
+
+def ratios(rates, one, other):
+    return [a / b for a, b in zip(rates[one], rates[other], strict=True)]
+
+
+def show(console, title, rates, pairs):
+    table = Table("images/s", "median", "min", "max", title=title)
+    for name, values in rates.items():
+        table.add_row(name, *(f"{value:.1f}" for value in (statistics.median(values), min(values), max(values))))
+    table.add_section()
+    for one, other in pairs:
+        values = ratios(rates, one, other)
+        table.add_row(f"{one} / {other}", *(f"{v:.2f}" for v in (statistics.median(values), min(values), max(values))))
+    console.print(table)
+
+
+def show_overload(console, overload):
+    unloaded, mild, heavy = overload["unloaded"], overload["at 0.7"], overload["at 3"]
+    console.print(
+        f"at 0.7 of capacity: p99 {mild['percentiles_ms']['p99']:.1f} ms, unloaded p99 "
+        f"{unloaded['percentiles_ms']['p99']:.1f} ms, ratio "
+        f"{mild['percentiles_ms']['p99'] / unloaded['percentiles_ms']['p99']:.2f}"
+    )
+    console.print(
+        f"at 3 times capacity, deadline 200 ms: goodput {heavy['goodput']:.1f}/s = "
+        f"{heavy['goodput'] / overload['capacity']:.2f} of capacity; p99 of the answered "
+        f"{heavy['percentiles_ms']['p99']:.1f} ms"
+    )
+    console.print(f"failures: {json.dumps(heavy['failures'])}")
+
+
+@click.command()
+@click.argument("models", nargs=-1)
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("build/bench"), show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--seconds", default=8.0, show_default=True, help="Of each measurement.")
+@click.option("--variant", help="Pin the variant: fp32 or int8.  [default: what the service chooses]")
+@click.option("--small", is_flag=True, help="Only the tiny model.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything measured here.")
+def main(models, folder, rounds, seconds, variant, small, file):
+    """Measure the service against the floor of this machine."""
+    console = Console()
+    found = {}
+    if not small:
+        for model in models or ("resnet18",):
+            rates, overload = photos_on(model, folder, rounds, seconds, variant, console)
+            pairs = [("service", "floor"), ("service", "pipeline"), ("service", "textbook")]
+            show(console, f"{model}, photos of 500x375, {IN_FLIGHT} in flight", rates, pairs)
+            show_overload(console, overload)
+            found[model] = {"rates": rates, "overload": overload}
+    if small or not models:
+        rates = small_model(folder, rounds, min(seconds, 5.0))
+        pairs = [("service", "echo"), ("service, 64 per request", "service")]
+        show(console, f"lenet5, PNG of 28x28, {IN_FLIGHT} in flight", rates, pairs)
+        found["lenet5"] = {"rates": rates}
+    if file:
+        file.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
