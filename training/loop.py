@@ -272,6 +272,8 @@ class Trainer:
                 "num_classes": config.num_classes,
                 "in_channels": config.in_channels,
                 "options": config.options(),
+                "mean": self._normalise.mean,
+                "std": self._normalise.std,
                 "epoch": self.progress.epoch,
             }
             checkpoint.save(self._folder / BEST, state)

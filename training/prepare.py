@@ -24,6 +24,7 @@ from training.models import Architecture
 from training.pixels import Normaliser, channel_statistics
 from training.read import Dataset, Fault, count_channels, read_images
 from training.split import Split, make_split, write_split
+from training.transfer import inherited_statistics
 
 REPORT = "left-out.csv"
 SPLIT = "split.csv"
@@ -101,7 +102,9 @@ def prepare(
         test=config.test,
         seed=config.split_seed,
     )
-    mean, std = channel_statistics(dataset.images, split.train)
+    mean, std = inherited_statistics(experiment.transfer, entry, spec.channels) or channel_statistics(
+        dataset.images, split.train
+    )
     return Prepared(dataset, split, spec, Normaliser(mean, std), faults)
 
 

@@ -190,12 +190,11 @@ class Stepper:
             self.average.update(self.model, step)
 
 
-def _compiled(model: nn.Module) -> nn.Module:
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor | Outputs]:
     with warnings.catch_warnings():
         # PyTorch's compiler imports a module of its own that uses what PyTorch has deprecated.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.script_method", category=DeprecationWarning)
-        compiled: nn.Module = torch.compile(model)
-    return compiled
+        return torch.compile(model)
 
 
 def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:

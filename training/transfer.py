@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from rich.table import Table
 
 from service.artifact import Weights
@@ -24,6 +27,24 @@ def start_from(model: Classifier, entry: Architecture, config: TransferConfig) -
     if config.weights is None:
         return None
     return load_weights(model, config.weights, ignore=(entry.head, *entry.aux_heads), adapt_input=True)
+
+
+def inherited_statistics(
+    config: TransferConfig, entry: Architecture, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation that the weights were trained with: trained filters expect the same range.
+
+    One of our own checkpoints names them; for any other file they are the architecture's. None without weights.
+    """
+    if config.weights is None:
+        return None
+    try:
+        stored: Any = torch.load(config.weights, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        stored = None  # loading the weights gives the reason; a safetensors file names no statistics
+    if isinstance(stored, dict) and len(stored.get("mean", ())) == channels:
+        return tuple(stored["mean"]), tuple(stored["std"])
+    return entry.normalization(channels)
 
 
 def provenance(config: TransferConfig, report: LoadReport | None) -> Weights:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from training.config import ScheduleConfig
@@ -16,7 +18,7 @@ def test_reaches_the_peak_and_never_leaves_its_range(name, warmup):
     assert min(values) > 0
     peak = values.index(1.0)
     assert peak == max(0, round(warmup * 100) - 1)
-    assert all(a < b for a, b in zip(values[:peak], values[1 : peak + 1], strict=True))
+    assert all(a < b for a, b in pairwise(values[: peak + 1]))
 
 
 @pytest.mark.parametrize("name", ["one-cycle", "cosine"])
@@ -24,7 +26,7 @@ def test_falls_to_the_final_rate(name):
     values = rates(1000, name=name, final=0.1)
     assert values[-1] == pytest.approx(0.1, abs=0.001)
     fall = values[values.index(1.0) :]
-    assert all(a >= b for a, b in zip(fall, fall[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(fall))
 
 
 def test_constant_stays():

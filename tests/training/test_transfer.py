@@ -11,7 +11,7 @@ from training.distributed import Group
 from training.loop import BEST, StoppedError
 from training.models import create, describe
 from training.run import build_stepper, build_trainer
-from training.transfer import plan, provenance, stage_table, start_from
+from training.transfer import inherited_statistics, plan, provenance, stage_table, start_from
 
 ENTRY = describe("resnet18")
 
@@ -88,6 +88,15 @@ def test_all_but_the_head_is_loaded_and_gray_input_adapted(imagenet_file):
     told = provenance(config, report)
     assert "lp-ft from resnet18.pth" in told.source
     assert told.licence == "CC-BY-4.0"
+
+
+def test_pixels_are_normalised_as_the_weights_expect(imagenet_file, tmp_path):
+    imagenet = inherited_statistics(experiment_of(weights=imagenet_file).transfer, ENTRY, 3)
+    assert imagenet == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.save({"model": {}, "mean": (0.1,), "std": (0.3,)}, tmp_path / "best.pt")
+    assert inherited_statistics(experiment_of(weights=tmp_path / "best.pt").transfer, ENTRY, 1) == ((0.1,), (0.3,))
+    assert inherited_statistics(experiment_of(weights=tmp_path / "best.pt").transfer, ENTRY, 3) == imagenet
+    assert inherited_statistics(experiment_of(weights=None).transfer, ENTRY, 3) is None
 
 
 def test_weights_of_another_architecture_are_refused(imagenet_file):

@@ -1,0 +1,161 @@
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from service import artifact
+from service.errors import ConfigurationError
+from training import checkpoint
+from training.config import Experiment
+from training.display import Display
+from training.folders import latest_run
+from training.run import run, search_learning_rate
+
+ROOT = Path(__file__).parents[2]
+TREE = {"name": "digits", "input": {"size": 16}, "loop": {"epochs": 4, "precision": "float32", "threads": 1}}
+
+# Trains as the test does, but kills its own process in the middle of the third epoch.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from rich.console import Console
+from training.config import Experiment
+from training.display import Display, TrainingView
+from training.run import run
+
+class Deadly(TrainingView):
+    steps = 0
+    def step(self, images, loss):
+        Deadly.steps += 1
+        if Deadly.steps == int(sys.argv[5]):
+            os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+
+import training.display
+training.display.TrainingView = Deadly
+experiment = Experiment.model_validate(json.loads(sys.argv[3]))
+folder = Path(sys.argv[2])
+run(experiment, Path(sys.argv[1]), folder / "models", folder / "runs", Display(Console(quiet=True)))
+"""
+
+
+def display():
+    return Display(Console(file=io.StringIO(), width=120))
+
+
+def weights(folder, file="last.pt"):
+    state = checkpoint.load(folder / file)
+    return state["stepper"]["model"] if file == "last.pt" else state["model"]
+
+
+def identical(first, second):
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.fixture(scope="module")
+def finished(digit_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    shown = display()
+    result = run(Experiment.model_validate(TREE), digit_folder, folder / "models", folder / "runs", shown)
+    return result, shown.console.file.getvalue()
+
+
+def test_ends_in_a_valid_model_version(finished, digit_folder):
+    result, _ = finished
+    version = artifact.load(result.version)
+    manifest = version.manifest
+    assert manifest.classes == tuple(map(str, range(10)))
+    assert manifest.input.shape == (16, 16, 1)
+    assert manifest.metrics["accuracy"] == result.evaluation.accuracy
+    assert manifest.recipe["loop"]["epochs"] == 4
+    assert manifest.data["images"] == {"train": 240, "validation": 30, "test": 30}
+    assert len(manifest.data["sha256"]) == 64
+    assert len(result.holdout) == 30
+    assert all(file.is_relative_to(digit_folder) for file in result.holdout)
+
+
+def test_says_what_it_does(finished):
+    result, text = finished
+    assert "300 images" in text
+    assert "240 images to train, 30 to validate, 30 to test; lenet5 on 16x16x1" in text
+    assert text.count("epoch ") >= 4
+    assert f"accuracy {result.evaluation.accuracy:.2%}" in text
+
+
+def test_leaves_logs_split_and_settings(finished):
+    result, _ = finished
+    with (result.folder / "log.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == 4
+    with (result.folder / "split.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    held_out = {row["path"] for row in rows if row["split"] == "test"}
+    assert held_out == {f"{file.parent.name}/{file.name}" for file in result.holdout}
+    assert (result.folder / "left-out.csv").read_text() == "path,reason,message\n"
+    assert latest_run(result.folder.parent) == result.folder
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 1)])
+def test_a_killed_run_resumes_to_identical_weights(finished, digit_folder, tmp_path, name, code):
+    """In mid-epoch: steps 4, 8, 12 and 16 end epochs."""
+    experiment = Experiment.model_validate(TREE)
+    arguments = [str(digit_folder), str(tmp_path), experiment.model_dump_json(), name, "10"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], env=environment, capture_output=True, timeout=100, check=False
+    )
+    assert done.returncode == code, done.stderr
+    folder = latest_run(tmp_path / "runs" / "digits")
+    expected_step = {"SIGKILL": 8, "SIGTERM": 10}[name]  # the last whole epoch, or the step of the signal
+    assert checkpoint.load(folder / "last.pt")["progress"]["step"] == expected_step
+    result = run(experiment, digit_folder, tmp_path / "models", tmp_path / "runs", display(), resume=folder)
+    whole, _ = finished
+    assert identical(weights(whole.folder), weights(result.folder))
+    assert identical(weights(whole.folder, "best.pt"), weights(result.folder, "best.pt"))
+    assert result.evaluation.accuracy == whole.evaluation.accuracy
+
+
+def test_what_would_fail_at_the_end_fails_at_the_start(digit_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    experiment = Experiment.model_validate(TREE)
+    with pytest.raises(ConfigurationError, match=r"the repository .* cannot be written"):
+        run(experiment, digit_folder, tmp_path / "file", tmp_path / "runs", display())
+    nothing_held_out = Experiment.model_validate({**TREE, "data": {"validation": 0, "test": 0}})
+    with pytest.raises(ConfigurationError, match="no image is left to check"):
+        run(nothing_held_out, digit_folder, tmp_path / "models", tmp_path / "runs", display())
+    too_small = Experiment.model_validate({**TREE, "input": {"size": 8}})
+    with pytest.raises(ConfigurationError, match="too small for lenet5"):
+        run(too_small, digit_folder, tmp_path / "models", tmp_path / "runs", display())
+
+
+def test_faults_are_reported_and_kept_in_a_file(digit_folder, tmp_path):
+    images = tmp_path / "images"
+    for label in "01":
+        (images / label).mkdir(parents=True)
+        for file in sorted((digit_folder / label).iterdir())[:20]:
+            (images / label / file.name).write_bytes(file.read_bytes())
+    (images / "0" / "notes.jpg").write_text("hello")
+    copy = next((images / "1").iterdir())
+    (images / "1" / "zz-copy.png").write_bytes(copy.read_bytes())
+    shown = display()
+    tree = {**TREE, "loop": {"epochs": 1, "precision": "float32", "batch_size": 8}, "data": {"cache": "disk"}}
+    result = run(Experiment.model_validate(tree), images, tmp_path / "models", tmp_path / "runs", shown)
+    text = shown.console.file.getvalue()
+    assert "40 images, 2 left out" in text
+    assert "0/notes.jpg" in text
+    with (result.folder / "left-out.csv").open() as stream:
+        assert {row["path"]: row["reason"] for row in csv.DictReader(stream)} == {
+            "0/notes.jpg": "unsupported_format",
+            "1/zz-copy.png": "duplicate",
+        }
+
+
+def test_the_search_for_a_learning_rate_leaves_a_curve(digit_folder, tmp_path):
+    rate = search_learning_rate(Experiment.model_validate(TREE), digit_folder, tmp_path / "runs", display())
+    assert 1e-4 < rate < 1
+    assert (tmp_path / "runs" / "digits" / "1" / "learning-rate.png").stat().st_size > 1000
