@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import socket
 from dataclasses import dataclass
 
 import grpc
@@ -66,8 +67,7 @@ class Listener:
         Raises:
             ConfigurationError: the port is taken or the address is not ours.
         """
-        address = f"{self._options.host}:{self._options.port}"
-        self.port = _bind(self._server, address, "--port or --host", self._tls)
+        self.port = _bind(self._server, self._options.host, self._options.port, "--port or --host", self._tls)
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.READINESS, "", SERVICE)
         await self._set(health_pb2.HealthCheckResponse.SERVING, HealthName.LIVENESS)
         await self._server.start()
@@ -111,7 +111,7 @@ class AdminListener:
     """The admin API on a port of its own."""
 
     def __init__(self, host: str, port: int, servicer: Admin, metrics: Metrics) -> None:
-        self._address = f"{host}:{port}"
+        self._host, self._port = host, port
         self._server = aio.server(interceptors=[Around(metrics)], options=[("grpc.so_reuseport", 0)])
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, self._server)
         reflection.enable_server_reflection((ADMIN_SERVICE, reflection.SERVICE_NAME), self._server)
@@ -123,7 +123,7 @@ class AdminListener:
         Raises:
             ConfigurationError: the port is taken or the address is not ours.
         """
-        self.port = _bind(self._server, self._address, "--admin-port or --admin-host")
+        self.port = _bind(self._server, self._host, self._port, "--admin-port or --admin-host")
         await self._server.start()
 
     async def stop(self) -> None:
@@ -131,11 +131,14 @@ class AdminListener:
         await self._server.stop(None)
 
 
-def _bind(server: aio.Server, address: str, flags: str, tls: grpc.ServerCredentials | None = None) -> int:
+def _bind(server: aio.Server, host: str, port: int, flags: str, tls: grpc.ServerCredentials | None = None) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
+        # grpc says only that it failed, and writes lines of its own to stderr; the system says why.
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
         return server.add_secure_port(address, tls) if tls else server.add_insecure_port(address)
-    except RuntimeError:
-        raise ConfigurationError(
-            f"cannot listen on {address}: the port is in use or the address is not of this machine; "
-            f"choose another with {flags}"
-        ) from None
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"cannot listen on {address} ({reason}); choose another with {flags}") from None
