@@ -15,14 +15,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifact, faults, sessions
+from service import artifact, faults, resources, sessions
 from service.artifact import ModelVersion
 from service.errors import DeviceLostError, OutOfMemoryError
-from service.providers import GPU_PROVIDERS, Plan
+from service.providers import CPU, GPU_PROVIDERS, Plan
 from service.runners import CudaRunner, HostRunner, Outputs, Runner
 from service.sessions import Loaded
 
-__all__ = ["Engine", "OrtEngine", "Outputs", "build", "executors", "warm_up"]
+__all__ = ["Engine", "OrtEngine", "Outputs", "build", "executors", "side_by_side", "warm_up"]
 
 # The first run of a bucket allocates, the next one captures a CUDA graph; the rest are measured.
 _COLD_RUNS = 2
@@ -192,12 +192,25 @@ def executors(version: ModelVersion, loaded: Loaded, variant: str, buckets: Sequ
     return [OrtEngine(runner, plan, variant, buckets) for runner in runners]
 
 
+def side_by_side(engines: Sequence[OrtEngine]) -> ThreadPoolExecutor:
+    """Threads for running all executors at once before they take traffic, one each.
+
+    They give way to the threads that serve other models. Only where the caller's thread does the computing: a runtime
+    that starts threads of its own would keep the low priority in them for good.
+    """
+    plan = engines[0].plan
+    alone = plan.provider == CPU and plan.intra_op_threads == 1
+    return ThreadPoolExecutor(
+        len(engines), thread_name_prefix="warm-up", initializer=resources.lower_priority if alone else None
+    )
+
+
 def warm_up(engines: Sequence[OrtEngine]) -> None:
     """Warms up all executors at the same time, as they will run: what they measure includes what they share.
 
     Raises:
         EngineError: a bucket cannot be run.
     """
-    with ThreadPoolExecutor(len(engines), thread_name_prefix="warm-up") as pool:
+    with side_by_side(engines) as pool:
         for future in [pool.submit(engine.warm_up) for engine in engines]:
             future.result()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -84,7 +83,7 @@ def images_per_second(engines: Sequence[OrtEngine], images: Pixels) -> float:
     """
     plan = engines[0].plan
     wall_began, process_began = time.perf_counter(), time.process_time()
-    with ThreadPoolExecutor(len(engines)) as pool:
+    with engine.side_by_side(engines) as pool:
         shares = list(pool.map(lambda one: _measure(one, images), engines))
     wall_s, process_s = time.perf_counter() - wall_began, time.process_time() - process_began
     if plan.provider in GPU_PROVIDERS:
