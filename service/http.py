@@ -64,9 +64,13 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     # A scraper that stops reading must not hold up the end of the process.
     block_on_close = False
+    # With the default of 5 a burst of connections waits a second or three for its SYN to be sent again.
+    request_queue_size = 128
 
     def server_bind(self) -> None:
-        # WSGIServer asks DNS for its own name here, which can take seconds.
+        # As the base class does: a restart must not wait for the last connections of the process before it.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What it does besides is to ask DNS for its own name, which can take seconds.
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import structlog
 
+# As data, and without the frames' variables: those hold images and whatever else clients send.
+_TRACEBACKS = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+
 
 def configure(level: str, style: Literal["auto", "json", "console"]) -> None:
     """Sets up structlog, and sends the standard library's records the same way, to stderr.
@@ -25,7 +28,7 @@ def configure(level: str, style: Literal["auto", "json", "console"]) -> None:
     render: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
         if console
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [_TRACEBACKS, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[*shared, *render],

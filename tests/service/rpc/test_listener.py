@@ -101,7 +101,7 @@ async def test_a_port_taken_by_another_program_is_the_same_error():
 
 
 async def test_an_address_of_another_machine_is_an_error():
-    with pytest.raises(ConfigurationError, match="192.0.2.1"):
+    with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1"):
         await listener(host="192.0.2.1").start()
 
 
