@@ -23,6 +23,10 @@ def lines(written):
     return [json.loads(line) for line in written().splitlines()]
 
 
+def fail(text):
+    raise ValueError(text)
+
+
 def test_a_line_is_one_json_object_with_component_level_and_time(written):
     logs.configure("info", "json")
     logs.get("server").info("ready", port=8500)
@@ -68,11 +72,11 @@ def test_request_fields_are_on_every_line_of_the_request(written):
 def test_an_exception_stays_on_one_line(written):
     logs.configure("info", "json")
     try:
-        raise ValueError("broken\nin two")
+        fail("broken\nin two")
     except ValueError:
         logs.get("rpc").exception("failed")
     try:
-        raise ValueError("of a library")
+        fail("of a library")
     except ValueError:
         logging.getLogger("library").exception("failed too")
 

@@ -1,0 +1,58 @@
+"""CPUs as the cgroup grants them."""
+
+import os
+
+import pytest
+
+from service import resources
+
+
+@pytest.fixture
+def v2(tmp_path):
+    def write(text):
+        (tmp_path / "cpu.max").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def v1(root, quota, period):
+    (root / "cpu").mkdir()
+    (root / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+    (root / "cpu" / "cpu.cfs_period_us").write_text(period)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "quota"), [("200000 100000\n", 2.0), ("150000 100000", 1.5), ("50000 100000", 0.5), ("max 100000\n", None)]
+)
+def test_cgroup_v2(v2, text, quota):
+    assert resources.cgroup_quota(v2(text)) == quota
+
+
+@pytest.mark.parametrize(("quota", "period", "expected"), [("400000", "100000", 4.0), ("-1", "100000", None)])
+def test_cgroup_v1(tmp_path, quota, period, expected):
+    assert resources.cgroup_quota(v1(tmp_path, quota, period)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "1 2 3", "x 100000"])
+def test_what_cannot_be_read_grants_everything(v2, text):
+    assert resources.cgroup_quota(v2(text)) is None
+
+
+def test_without_a_cgroup_the_affinity_counts(tmp_path):
+    assert resources.cgroup_quota(tmp_path) is None
+    assert resources.cpu_count(tmp_path) == len(os.sched_getaffinity(0))
+
+
+def test_a_quota_below_the_affinity_wins_and_is_at_least_one(v2):
+    assert resources.cpu_count(v2("10000 100000")) == 1
+
+
+def test_a_fraction_is_rounded_up_but_never_above_the_affinity(v2):
+    assert resources.cpu_count(v2("150000 100000")) == min(2, len(os.sched_getaffinity(0)))
+    assert resources.cpu_count(v2("99900000 100000")) == len(os.sched_getaffinity(0))
+
+
+def test_resident_memory_is_of_this_process():
+    assert 10 << 20 < resources.rss_bytes() < 64 << 30
