@@ -3,7 +3,7 @@ import os
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service import artifact
@@ -199,6 +199,7 @@ def test_a_graph_that_breaks_the_contract_is_refused(published, inputs, outputs,
         artifact.check_signature(artifact.load(published).manifest, inputs, outputs)
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(
     st.builds(
         InputSpec,

@@ -41,25 +41,28 @@ def built(**options):
     return Servable(Net(**options), MEAN, STD, 1.0)
 
 
-def run_gate(exported, pixels, wanted_of, batches=gates.BATCHES):
-    session = Session(to_onnx(exported, SPEC).SerializeToString())
-    return gates.check_parity(session, gates.reference(wanted_of, MEAN, STD, pixels, 3), pixels, batches)
-
-
 def test_a_true_export_passes_with_the_figures(pixels):
     net = built()
+    session = Session(to_onnx(net, SPEC).SerializeToString())
 
-    parity = run_gate(net, pixels, net)
+    parity = gates.check_parity(session, gates.reference(net, MEAN, STD, pixels, 3), pixels)
 
     assert parity.probability_difference < 1e-5
     assert parity.logit_difference < 1e-4
     assert parity.images == 64
 
 
+@pytest.fixture(scope="module")
+def with_batch_statistics():
+    return Session(to_onnx(built(batch_statistics=True), SPEC).SerializeToString())
+
+
 @pytest.mark.parametrize("size", gates.BATCHES)
-def test_batch_normalisation_exported_in_training_mode_is_refused(pixels, size):
+def test_batch_normalisation_exported_in_training_mode_is_refused(pixels, with_batch_statistics, size):
+    wanted = gates.reference(built(), MEAN, STD, pixels, 3)
+
     with pytest.raises(TrainingError, match=rf"differs from PyTorch on a batch of {size}: .*evaluation mode"):
-        run_gate(built(batch_statistics=True), pixels, built(), batches=(size,))
+        gates.check_parity(with_batch_statistics, wanted, pixels, (size,))
 
 
 def test_a_wrong_mean_is_refused(pixels):

@@ -191,6 +191,37 @@ def test_a_fixed_batch_becomes_dynamic(tmp_path, request_for, repository, batch)
     np.testing.assert_allclose(ask(version, pixels).logits, net(x).detach(), atol=1e-4)
 
 
+@pytest.mark.parametrize("allow_zero", [0, 1])
+def test_a_batch_written_into_a_constant_node_is_freed(tmp_path, request_for, repository, allow_zero):
+    weights = np.random.default_rng(0).normal(size=(192, 5)).astype(np.float32)
+    target = numpy_helper.from_array(np.array([4, 192]))
+    body = [
+        helper.make_node("Constant", [], ["target"], value=target),
+        helper.make_node("Reshape", ["x", "target"], ["flat"], allowzero=allow_zero),
+        helper.make_node("MatMul", ["flat", "weights"], ["y"]),
+    ]
+    path, constants = tmp_path / "net.onnx", [("weights", weights)]
+    hand_made(path, shape=[4, 3, 8, 8], body=body, output={"y": [4, 5]}, initializers=constants, opset=14)
+
+    version = import_version(request_for(preset="zero-one"), repository)
+
+    pixels = random_pixels(5, 8, 8)
+    flat = (pixels / 255).transpose(0, 3, 1, 2).reshape(5, -1)
+    np.testing.assert_allclose(ask(version, pixels).logits, flat @ weights, atol=1e-4)
+
+
+def test_operations_that_onnx_runtime_does_not_know_are_named(tmp_path, request_for, repository):
+    path = tmp_path / "net.onnx"
+    body = [helper.make_node("Unheard", ["x"], ["y"], domain="com.example")]
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5]})
+    model = onnx.load(path)
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    onnx.save(model, path)
+
+    with pytest.raises(ArtifactError, match=r"ONNX Runtime cannot load the model.*com\.example"):
+        import_version(request_for(), repository)
+
+
 def test_a_batch_that_cannot_be_freed_is_refused(tmp_path, request_for, repository):
     body, weights = pooled()
     body.insert(0, helper.make_node("Expand", ["x", "two"], ["doubled"]))
@@ -539,6 +570,19 @@ def test_the_command_explains_wrong_flags(tmp_path, flags, message):
 
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_the_command_reads_sizes_of_one_number_or_two(tmp_path, labels):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", 3, "h", "w"], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+
+    for size in ("12", "12x16"):
+        flags = ["--labels", str(labels), "--size", size, "--repository", str(tmp_path / "r"), "--preset", "none"]
+        CliRunner().invoke(import_cli.import_model, [str(path), *flags], catch_exceptions=False)
+
+    shapes = [artifact.load(tmp_path / "r" / "net" / number).manifest.input.shape for number in ("1", "2")]
+    assert shapes == [(12, 12, 3), (12, 16, 3)]
 
 
 def test_the_command_knows_every_preset():

@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from training import metrics
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(st.integers(2, 6), st.integers(1, 60), st.integers(0, 2**32 - 1))
 def test_class_scores_and_confusion_equal_scikit_learn(classes, images, seed):
     rng = np.random.default_rng(seed)
@@ -22,6 +23,7 @@ def test_class_scores_and_confusion_equal_scikit_learn(classes, images, seed):
         np.testing.assert_allclose(found, wanted)
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(st.integers(3, 8), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_top_k_equals_scikit_learn_without_ties(classes, images, seed):
     rng = np.random.default_rng(seed)

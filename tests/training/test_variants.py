@@ -164,6 +164,15 @@ def test_tensorrt_int8_is_kept_without_a_speed_where_there_is_no_tensorrt(wide):
     assert "speed not measured" in kept.note
 
 
+def test_outputs_that_are_not_finite_are_never_kept():
+    net = Wide()
+    net.head.bias.data[0] = torch.nan
+
+    (rejected,) = variants.build(["fp16"], baseline_of(net), 100, compare=twice_as_fast).rejected
+
+    assert rejected.reason == "some of its outputs are not finite"
+
+
 def test_a_format_that_cannot_be_made_is_rejected_not_raised(wide):
     without_images = Baseline(**{**vars(wide), "calibration": wide.calibration[:0]})
 
