@@ -1,4 +1,4 @@
-"""A state machine over a real batcher: whatever callers, clock and executors do, each request has one outcome, its own."""
+"""A state machine over a real batcher: each request has exactly one outcome, from its own images, whatever happens."""
 
 import asyncio
 import queue
