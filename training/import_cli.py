@@ -77,7 +77,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 def import_model(
     model: Path, labels: Path, name: str | None, repository: Path, source: str, licence: str, **choices: Any
 ) -> None:
-    r"""Turn MODEL, an ONNX image classifier from anywhere, into a model version that `convoy serve` loads.
+    """Turn MODEL, an ONNX image classifier from anywhere, into a model version that `convoy serve` loads.
 
     The graph may take float images as NCHW or NHWC with a fixed or dynamic batch, and give logits or probabilities.
     Normalisation moves into the graph, external data into the file, a fixed batch becomes dynamic, and the version has
