@@ -61,11 +61,11 @@ class Replica:
         rendered: the manifests.
         repository: stands for /models.
         folder: for everything else the container mounts.
-        port: of gRPC; 0 picks a free one.
+        port, http_port: 0 picks a free one.
         secrets: what stands for /etc/convoy-tls.
     """
 
-    def __init__(self, rendered, repository, folder, port=0, secrets=None):
+    def __init__(self, rendered, repository, folder, port=0, http_port=0, secrets=None):
         self.container = rendered.container()
         self.lines = []
         self._ready = threading.Event()
@@ -75,7 +75,7 @@ class Replica:
             paths[inside] = folder / inside.lstrip("/")
             paths[inside].mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_load(rendered.one("ConfigMap", "convoy-settings")["data"]["convoy.yaml"])
-        settings |= {"host": "127.0.0.1", "port": port, "http_port": 0}
+        settings |= {"host": "127.0.0.1", "port": port, "http_port": http_port}
         settings = {name: mapped(v, paths) if isinstance(v, str) else v for name, v in settings.items()}
         (paths["/etc/convoy"] / "convoy.yaml").write_text(yaml.safe_dump(settings))
         self._process = subprocess.Popen(
@@ -199,6 +199,11 @@ class Load:
         goal = self.outcomes.total() + calls
         async with asyncio.timeout(60), self._answered:
             await self._answered.wait_for(lambda: self.outcomes.total() >= goal)
+
+    async def overloaded(self):
+        """Waits until some calls have been answered and some refused."""
+        async with asyncio.timeout(60), self._answered:
+            await self._answered.wait_for(lambda: self.outcomes["OK"] and self.outcomes["UNAVAILABLE"])
 
     async def _call(self, index):
         levels = grey_levels(64)
