@@ -142,7 +142,11 @@ def _gpu_options(
             plan=plan,
             buckets=buckets,
         )
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            _log.warning("TensorRT's engine is not kept: each start compiles it", reason=str(error))
+            cache = None
     return providers.tensorrt_options(
         plan, gpu, shape=version.manifest.input.shape, input_name=artifact.INPUT_NAME, buckets=buckets, cache=cache
     )
