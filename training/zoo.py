@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
     from training.models import Option
 
-_URL = "https://download.pytorch.org/models/"
-
 
 @click.command(short_help="List the architectures: size, cost, input, accuracy.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--json", "as_json", is_flag=True, help="All figures, options and published files as JSON.")
 def zoo(names: tuple[str, ...], as_json: bool) -> None:
-    r"""List the architectures that can be trained; with NAME, their options and published weights.
+    """List the architectures that can be trained; with NAME, their options and published weights.
 
     Parameters and multiply-adds are counted on the network itself, at its default input.
 
@@ -69,10 +67,7 @@ def _entry(name: str) -> dict[str, Any]:
         "mean": architecture.mean,
         "std": architecture.std,
         "options": [_option(option) for option in architecture.options],
-        "weights": [
-            {"file": w.file, "url": _URL + w.file, "top1": w.top1, "shorter_side": w.shorter_side}
-            for w in architecture.weights
-        ],
+        "weights": [{"file": w.file, "top1": w.top1, "shorter_side": w.shorter_side} for w in architecture.weights],
     }
 
 
