@@ -109,7 +109,7 @@ def _show(console: Console, entry: dict[str, Any]) -> None:
     }
     rows = list(facts.items())
     rows += [(f"option {o['name']}", f"{o['help']} {_values(o)}") for o in entry["options"]]
-    rows += [(f"{w['top1']:.2f}%", f"{w['url']} (shorter side {w['shorter_side']})") for w in entry["weights"]]
+    rows += [(f"{w['top1']:.2f}%", f"{w['file']} (shorter side {w['shorter_side']})") for w in entry["weights"]]
     _pairs(console, rows)
 
 

@@ -31,7 +31,7 @@ def test_json_has_all_that_is_known():
         ("resnet50-0676ba61.pth", 76.13, 256),
         ("resnet50-11ad3fa6.pth", 80.858, 232),
     ]
-    assert resnet["weights"][0]["url"].endswith("/resnet50-0676ba61.pth")
+    assert resnet["weights"][0]["file"] == "resnet50-0676ba61.pth"
     assert {option["name"] for option in resnet["options"]} == {"small_images", "width", "dropout", "zero_init"}
     assert resnet["input"]["resize"] == {"mode": "crop", "shorter_side": 256, "interpolation": "bilinear"}
 
