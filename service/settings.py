@@ -119,8 +119,8 @@ class Settings(BaseSettings):
     codel_target_ms: float = Field(
         2000.0,
         ge=0,
-        description="Waiting time that a standing queue may have; beyond it requests are shed until it is shorter (CoDel). "
-        "Set it near the latency you promise; in effect it is never below four full batches. 0 never sheds.",
+        description="Waiting time that a standing queue may have; beyond it requests are shed until it is short again "
+        "(CoDel). Set it near the latency you promise; in effect never below four full batches. 0 never sheds.",
     )
     batch_window_ms: float = Field(
         0.0,
