@@ -36,6 +36,7 @@ class DataConfig(Section):
     `validation`, `test`: fractions of each class held out, unless the data come with their own split. `split_seed`
     decides which images those are. `min_side_pixels`: smaller images are reported and left out. `cache`: where the
     decoded pixels are kept; `auto` is memory up to a quarter of what is free, else a file in the run's folder.
+    `shuffle_buffer`: with tar shards, the number of encoded images that are shuffled among each other.
     """
 
     validation: Fraction = 0.1
@@ -43,6 +44,7 @@ class DataConfig(Section):
     split_seed: Annotated[int, Field(ge=0)] = 0
     min_side_pixels: Count = 4
     cache: Literal["auto", "memory", "disk"] = "auto"
+    shuffle_buffer: Count = 2000
 
 
 class ModelConfig(Section):
@@ -209,7 +211,8 @@ def load_experiment(file: Path | None, overrides: Mapping[str, Any]) -> Experime
     Raises:
         ConfigurationError: the file cannot be read, is no YAML mapping, or a value is unknown or out of its range.
     """
-    tree = _read_yaml(file) if file else {}
+    tree = read_yaml(file) if file else {}
+    tree.pop("tune", None)  # what `convoy tune` varies (training.search_space) is no part of a single run
     for key, value in overrides.items():
         _put(tree, key, value)
     try:
@@ -219,7 +222,12 @@ def load_experiment(file: Path | None, overrides: Mapping[str, Any]) -> Experime
         raise ConfigurationError(where + "; ".join(_fault(dict(e)) for e in error.errors())) from error
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The sections of an experiment file, not yet checked.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is no YAML mapping.
+    """
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

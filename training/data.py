@@ -85,15 +85,15 @@ def list_images(source: Path) -> Listing:
     return listing_of(source, [Entry(path, name) for name, paths in found.items() for path in paths])
 
 
-def listing_of(root: Path, entries: Sequence[Entry]) -> Listing:
-    """The listing of some entries, in their order; classes sorted by name.
+def listing_of(root: Path, entries: Sequence[Entry], classes: Sequence[str] | None = None) -> Listing:
+    """The listing of some entries, in their order; classes sorted by name unless they are given.
 
     Raises:
         DataError: fewer than two classes.
     """
-    classes = tuple(sorted({entry.label for entry in entries}))
+    classes = tuple(sorted({entry.label for entry in entries}) if classes is None else classes)
     if len(classes) < 2:  # noqa: PLR2004 - a classifier needs two
-        raise DataError(f"{root} holds only one class ({classes[0]}); a classifier needs at least two")
+        raise DataError(f"{root} holds only one class ({', '.join(classes)}); a classifier needs at least two")
     number = {name: index for index, name in enumerate(classes)}
     return Listing(
         root=root,

@@ -43,8 +43,8 @@ class Display:
         self.console.print(table)
 
     @contextmanager
-    def reading(self, files: int) -> Iterator[Callable[[int], None]]:
-        """A bar for reading files; yields what is told the number of files just done."""
+    def reading(self, files: int | None) -> Iterator[Callable[[int], None]]:
+        """A bar for reading so many files (None: unknown); yields what is told the number just done."""
         with self._bar() as bar:
             task = bar.add_task("Reading images", total=files, note="")
             yield lambda done: bar.advance(task, done)

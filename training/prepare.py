@@ -1,68 +1,32 @@
-"""The data of a run, ready for the loop: read, cleaned, split, with the statistics of its pixels."""
+"""Preparing the data of a run: read, cleaned, split, with the statistics of its pixels."""
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from service.artifact import InputSpec, Resize
 from service.errors import ConfigurationError
 from training import cache
-from training.batches import Examples
 from training.config import Experiment, InputConfig
-from training.data import list_images
+from training.data import TEST, VALIDATION, Listing, list_images
 from training.display import Display
 from training.distributed import Group
 from training.duplicates import find_duplicates
 from training.models import Architecture
 from training.pixels import Normaliser, channel_statistics
-from training.read import Dataset, Fault, count_channels, read_images
-from training.split import Split, make_split, write_split
+from training.prepared import Prepared
+from training.read import Dataset, Fault, check_classes, count_channels, read_images
+from training.shard_scan import Scanned, scan
+from training.shards import is_sharded
+from training.split import Split, make_split
 from training.transfer import inherited_statistics
 
-REPORT = "left-out.csv"
-SPLIT = "split.csv"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Data ready to train on. `faults`: the files that were set aside."""
-
-    dataset: Dataset
-    split: Split
-    spec: InputSpec
-    normalise: Normaliser
-    faults: Sequence[Fault]
-
-    def examples(self, part: str) -> Examples:
-        """`train`, `validation` or `test`."""
-        return Examples(self.dataset.images, self.dataset.labels, getattr(self.split, part))
-
-    def provenance(self, split_seed: int) -> Mapping[str, Any]:
-        """What the manifest says about the data."""
-        counts = np.bincount(self.dataset.labels[self.dataset.usable], minlength=len(self.dataset.classes))
-        split = self.split
-        return {
-            "sha256": self.dataset.digest(),
-            "images": {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)},
-            "per_class": {name: int(count) for name, count in zip(self.dataset.classes, counts, strict=True)},
-            "left_out": len(self.faults),
-            "split_seed": split_seed,
-        }
-
-    def write_reports(self, folder: Path) -> None:
-        """Writes which image is in which part, and which files were set aside and why."""
-        write_split(folder / SPLIT, self.dataset.listing, self.split)
-        with (folder / REPORT).open("w", encoding="utf-8", newline="") as stream:
-            rows = csv.writer(stream, lineterminator="\n")
-            rows.writerow(("path", "reason", "message"))
-            rows.writerows((fault.path, fault.reason, fault.message) for fault in self.faults)
+T = TypeVar("T")
 
 
 def prepare(
@@ -74,38 +38,81 @@ def prepare(
         DataError: the images cannot be used.
         ConfigurationError: the input's size and resize rule contradict each other.
     """
+    if is_sharded(source):
+        return _prepare_shards(experiment, entry, source, cache_folder, display, group)
     config = experiment.data
     listing = list_images(source)
     spec = input_spec(experiment.input, entry, experiment.input.channels or count_channels(listing))
-    mapped = cache.choose(config.cache, listing, spec, shared=group.world > 1)
-    least, workers = config.min_side_pixels, len(os.sched_getaffinity(0))
+    dataset, faults = _read(experiment, listing, spec, cache_folder, display, group)
+    faults += find_duplicates(dataset)
+    dataset = dataset.without(faults)
+    check_classes(dataset, faults)
+    split = make_split(
+        dataset.listing, dataset.usable, validation=config.validation, test=config.test, seed=config.split_seed
+    )
+    inherited = inherited_statistics(experiment.transfer, entry, spec.channels)
+    normalise = Normaliser(*(inherited or channel_statistics(dataset.images, split.train)))
+    return Prepared(dataset, split, spec, normalise, faults)
+
+
+def _prepare_shards(
+    experiment: Experiment, entry: Architecture, source: Path, cache_folder: Path, display: Display, group: Group
+) -> Prepared:
+    """Training samples stay in their shards; what is held out is unpacked and read."""
+    config = experiment.data
+    spec = input_spec(experiment.input, entry, experiment.input.channels or entry.channels)
+
+    def look() -> Scanned:
+        with display.reading(None) as advance:
+            return scan(
+                source,
+                spec,
+                cache_folder,
+                validation=config.validation,
+                test=config.test,
+                seed=config.split_seed,
+                workers=_cores(),
+                advance=advance,
+            )
+
+    found = _main_first(look, group)
+    dataset, faults = _read(experiment, found.held_out, spec, cache_folder, display, group)
+    given, nothing = found.held_out.splits[dataset.usable], np.array([], dtype=np.int64)
+    split = Split(nothing, dataset.usable[given == VALIDATION], dataset.usable[given == TEST])
+    inherited = inherited_statistics(experiment.transfer, entry, spec.channels)
+    normalise = Normaliser(*(inherited or (found.shards.mean, found.shards.std)))
+    return Prepared(dataset, split, spec, normalise, [*found.faults, *faults], found.shards)
+
+
+def _read(
+    experiment: Experiment, listing: Listing, spec: InputSpec, cache_folder: Path, display: Display, group: Group
+) -> tuple[Dataset, list[Fault]]:
+    least = experiment.data.min_side_pixels
+    mapped = cache.choose(experiment.data.cache, listing, spec, shared=group.world > 1)
 
     def read() -> tuple[Dataset, list[Fault]]:
         with display.reading(len(listing)) as advance:
             if mapped:
                 return cache.read_mapped(
-                    listing, spec, cache_folder, min_side_pixels=least, workers=workers, advance=advance
+                    listing, spec, cache_folder, min_side_pixels=least, workers=_cores(), advance=advance
                 )
-            return read_images(listing, spec, min_side_pixels=least, workers=workers, advance=advance)
+            return read_images(listing, spec, min_side_pixels=least, workers=_cores(), advance=advance)
 
+    return _main_first(read, group)
+
+
+def _main_first(read: Callable[[], T], group: Group) -> T:
+    """Calls `read` in the main process, which leaves a cache, and then in the others, which find it."""
     if not group.main:
-        group.wait()  # until the main process has written the cache that `read` then finds
-    dataset, faults = read()
+        group.wait()
+    found = read()
     if group.main:
         group.wait()
-    copies = find_duplicates(dataset)
-    dataset, faults = (dataset.without(copies) if copies else dataset), faults + copies
-    split = make_split(
-        dataset.listing,
-        dataset.usable,
-        validation=config.validation,
-        test=config.test,
-        seed=config.split_seed,
-    )
-    mean, std = inherited_statistics(experiment.transfer, entry, spec.channels) or channel_statistics(
-        dataset.images, split.train
-    )
-    return Prepared(dataset, split, spec, Normaliser(mean, std), faults)
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def input_spec(config: InputConfig, entry: Architecture, channels: int) -> InputSpec:

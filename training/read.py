@@ -62,14 +62,10 @@ class Dataset:
         return self.listing.classes
 
     def without(self, faults: Sequence[Fault]) -> Dataset:
-        """The same, with these files set aside too.
-
-        Raises:
-            DataError: a class has no usable image left.
-        """
+        """The same, with these files set aside too."""
         lost = {fault.path for fault in faults}
         kept = [row for row in self.usable if self.listing.paths[row] not in lost]
-        return _checked(replace(self, usable=np.asarray(kept, dtype=np.int64)), faults)
+        return replace(self, usable=np.asarray(kept, dtype=np.int64))
 
     def digest(self) -> str:
         """SHA-256 over paths, labels and contents, in hexadecimal: two equal ones mean the same data set."""
@@ -101,9 +97,6 @@ def read_images(
 
     Returns:
         The images, and what was set aside, both in the listing's order.
-
-    Raises:
-        DataError: a class has no usable image left.
     """
     pixels = np.empty((len(listing), *spec.shape), dtype=np.uint8) if images is None else images
     digests = np.zeros((len(listing), 16), dtype=np.uint8)
@@ -122,7 +115,20 @@ def read_images(
             advance(done)
     usable = np.setdiff1d(np.arange(len(listing)), np.fromiter(faults, dtype=np.int64))
     found = [faults[i] for i in sorted(faults)]
-    return _checked(Dataset(listing, pixels, digests, usable), found), found
+    return Dataset(listing, pixels, digests, usable), found
+
+
+def check_classes(dataset: Dataset, faults: Sequence[Fault]) -> None:
+    """Raises DataError if a class has no usable image left; the message has one of the faults as an example."""
+    counts = np.bincount(dataset.labels[dataset.usable], minlength=len(dataset.classes))
+    lost = [name for name, count in zip(dataset.classes, counts, strict=True) if count == 0]
+    if lost:
+        first = faults[0] if faults else None
+        example = f" (first of {len(faults)}: {first.path}: {first.message})" if first else ""
+        raise DataError(
+            f"{dataset.listing.root}: no usable image of class {', '.join(lost[:5])} is left{example}; "
+            "replace the files or remove the folder"
+        )
 
 
 def read_one(file: Path, spec: InputSpec) -> NDArray[np.uint8] | None:
@@ -163,16 +169,3 @@ def _read_into(
             if min(image.size) < min_side_pixels:
                 return "tiny", f"{image.width}x{image.height} pixels; the least is {min_side_pixels} on each side"
     return None
-
-
-def _checked(dataset: Dataset, faults: Sequence[Fault]) -> Dataset:
-    counts = np.bincount(dataset.labels[dataset.usable], minlength=len(dataset.classes))
-    lost = [name for name, count in zip(dataset.classes, counts, strict=True) if count == 0]
-    if lost:
-        first = faults[0] if faults else None
-        example = f" (first of {len(faults)}: {first.path}: {first.message})" if first else ""
-        raise DataError(
-            f"{dataset.listing.root}: no usable image of class {', '.join(lost[:5])} is left{example}; "
-            "replace the files or remove the folder"
-        )
-    return dataset

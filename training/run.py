@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from service.artifact import Weights
 from service.errors import ConfigurationError
-from training.batches import Examples, MemorySource, balancing_weights
+from training.batches import Examples, MemorySource, Source, balancing_weights
 from training.calibrate import fit_temperature
 from training.config import Experiment
 from training.display import Display
@@ -28,8 +29,10 @@ from training.models import Architecture, LoadReport, create, describe
 from training.optimise import peak_rate
 from training.phases import Phase
 from training.precision import Precision, fastest
-from training.prepare import Prepared, prepare
+from training.prepare import prepare
+from training.prepared import Prepared
 from training.seeds import Purpose, derive
+from training.shards import ShardSource
 from training.step import Stepper, class_weights
 from training.threads import limited_to, thread_count
 from training.trained import Trained
@@ -86,7 +89,7 @@ def run(
     check_writable(repository, "the repository")
     with joined() as group:
         data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
-        _introduce(display, experiment, data)
+        _introduce(display, experiment, source, data)
         folder = resume or group.from_main(lambda: new_run(runs / experiment.name, experiment))
         if group.main:
             data.write_reports(folder)
@@ -94,11 +97,11 @@ def run(
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
         threads = experiment.loop.threads or thread_count(stepper.model, data.spec.shape, experiment.loop.batch_size)
-        with limited_to(threads), _repeatable(experiment.loop.deterministic):
+        with limited_to(threads), repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
             if resume:
                 trainer.resume()
-            _fit(trainer, experiment, len(data.split.train), folder, display, group)
+            _fit(trainer, experiment, len(data.train_labels()), folder, display, group)
             evaluation, trained = examine(experiment, data, trainer, provenance(experiment.transfer, report), group)
         display.evaluation(evaluation, data.dataset.classes, "Held-out images")
         version = group.from_main(lambda: export_version(trained, repository))
@@ -129,12 +132,13 @@ def build_stepper(
     model = create(experiment.model.name, len(classes), spec.channels, **experiment.model.options)
     model.check_input(spec.height, spec.width)
     report = start_from(model, entry, experiment.transfer)
-    labels = data.dataset.labels[data.split.train]
     stepper = Stepper(
         model,
         experiment,
         data.normalise.on(where),
-        class_weights=class_weights(labels, len(classes)) if experiment.loop.balance == "weights" else None,
+        class_weights=class_weights(data.train_labels(), len(classes))
+        if experiment.loop.balance == "weights"
+        else None,
         device=where,
         group=group,
     )
@@ -157,7 +161,7 @@ def build_trainer(
         peak=peak_rate(experiment),
         folder=folder,
         identity={
-            "data": data.dataset.digest(),
+            "data": data.digest(),
             "precision": stepper.precision,
             "processes": group.world,
             "threads": torch.get_num_threads(),
@@ -166,9 +170,18 @@ def build_trainer(
     )
 
 
-def build_source(experiment: Experiment, data: Prepared, group: Group) -> MemorySource:
-    """The training images in batches."""
+def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source:
+    """The training images in batches.
+
+    Raises:
+        ConfigurationError: a sampler for shards, which can only be read in their order.
+    """
     loop, train = experiment.loop, data.examples("train")
+    if data.shards:
+        if loop.balance == "sampler":
+            raise ConfigurationError("tar shards cannot be sampled; use --balance weights")
+        options = {"buffer": experiment.data.shuffle_buffer, "workers": len(os.sched_getaffinity(0))}
+        return ShardSource(data.shards, data.spec, loop.batch_size, loop.seed, group=group, **options)
     weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
     return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
 
@@ -182,7 +195,6 @@ def examine(
     holdout = test if len(test) else validation
     tuned = evaluate(model, validation if len(validation) else test, normalise, group=group)
     evaluation = evaluate(model, holdout, normalise, group=group)
-    calibration = np.random.default_rng(0).permutation(data.split.train)[:_CALIBRATION_IMAGES]
     trained = Trained(
         model=model,
         name=experiment.name,
@@ -197,7 +209,7 @@ def examine(
         recipe={**experiment.model_dump(mode="json"), "precision": trainer.precision},
         weights=weights,
         canary=[dataset.listing.file(row) for row in _one_per_class(holdout)],
-        calibration=dataset.images[calibration],
+        calibration=data.calibration(_CALIBRATION_IMAGES),
         holdout=dataset.images[holdout.indices],
         holdout_labels=holdout.part_labels,
         history=trainer.progress.history,
@@ -220,7 +232,7 @@ def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, di
 
 
 @contextmanager
-def _repeatable(wanted: bool) -> Iterator[None]:
+def repeatable(wanted: bool) -> Iterator[None]:
     """PyTorch refuses operations whose result varies from run to run, if that is wanted."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted)
@@ -230,7 +242,7 @@ def _repeatable(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _precision(experiment: Experiment, stepper: Stepper, source: MemorySource) -> Precision:
+def _precision(experiment: Experiment, stepper: Stepper, source: Source) -> Precision:
     """What was asked for; `auto` measures, unless the run has to be repeatable."""
     wanted = experiment.loop.precision
     if wanted != "auto":
@@ -240,12 +252,13 @@ def _precision(experiment: Experiment, stepper: Stepper, source: MemorySource) -
     return fastest(stepper.trial(next(iter(source.batches(0, 0)))), stepper.device)
 
 
-def _introduce(display: Display, experiment: Experiment, data: Prepared) -> None:
-    read, left_out, split, spec = len(data.dataset), len(data.faults), data.split, data.spec
-    display.say(f"{data.dataset.listing.root}: {read} images" + (f", {left_out} left out:" if left_out else ""))
+def _introduce(display: Display, experiment: Experiment, source: Path, data: Prepared) -> None:
+    left_out, split, spec = len(data.faults), data.split, data.spec
+    read = len(data.train_labels()) + len(split.validation) + len(split.test)
+    display.say(f"{source}: {read} images" + (f", {left_out} left out:" if left_out else ""))
     display.faults(data.faults)
     display.say(
-        f"{len(data.dataset.classes)} classes; {len(split.train)} images to train, {len(split.validation)} to "
+        f"{len(data.dataset.classes)} classes; {len(data.train_labels())} images to train, {len(split.validation)} to "
         f"validate, {len(split.test)} to test; {experiment.model.name} on {spec.width}x{spec.height}x{spec.channels}"
     )
 

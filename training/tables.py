@@ -24,11 +24,16 @@ def list_table(file: Path) -> Listing:
         DataError: the file is no such table, or a row is incomplete; the message has the row's number.
         ConfigurationError: Parquet without pyarrow.
     """
-    rows = _parquet_rows(file) if file.suffix.lower() in (".parquet", ".pq") else _csv_rows(file)
-    entries = [_entry(file, number, row) for number, row in rows]
+    entries = table_entries(file)
     if not entries:
         raise DataError(f"{file} lists no images")
     return listing_of(file.parent, entries)
+
+
+def table_entries(file: Path) -> list[Entry]:
+    """The rows of a table; there may be none."""
+    rows = _parquet_rows(file) if file.suffix.lower() in (".parquet", ".pq") else _csv_rows(file)
+    return [_entry(file, number, row) for number, row in rows]
 
 
 def _entry(file: Path, number: int, row: Mapping[str, Any]) -> Entry:

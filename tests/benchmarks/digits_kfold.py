@@ -26,7 +26,8 @@ from training.evaluate import evaluate
 from training.models import describe
 from training.phases import Phase
 from training.pixels import Normaliser, channel_statistics
-from training.prepare import Prepared, input_spec
+from training.prepare import input_spec
+from training.prepared import Prepared
 from training.read import Dataset, count_channels, read_images
 from training.run import build_stepper, build_trainer
 from training.split import Split, stratified_split

@@ -10,7 +10,7 @@ from torch import nn
 from service.artifact import InputSpec, Weights
 from training.data import Listing
 from training.pixels import Normaliser, channel_statistics
-from training.prepare import Prepared
+from training.prepared import Prepared
 from training.read import Dataset
 from training.split import Split
 from training.trained import Trained

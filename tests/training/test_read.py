@@ -6,7 +6,7 @@ from service.artifact import InputSpec
 from service.errors import DataError
 from service.preprocess import preprocess
 from training.data import list_images
-from training.read import count_channels, read_images
+from training.read import check_classes, count_channels, read_images
 
 SPEC = InputSpec(height=16, width=16, channels=1)
 
@@ -57,7 +57,7 @@ def test_a_class_without_a_usable_file_stops_with_an_example(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.jpg").write_text("hello")
     with pytest.raises(DataError, match=r"no usable image of class b .*b/x\.jpg"):
-        read_images(list_images(tmp_path), SPEC)
+        check_classes(*read_images(list_images(tmp_path), SPEC))
 
 
 def test_the_digest_follows_content_and_labels_but_not_faults(tmp_path):

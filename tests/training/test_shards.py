@@ -1,0 +1,217 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from service import artifact
+from service.artifact import InputSpec
+from service.errors import ConfigurationError, DataError
+from service.preprocess import preprocess
+from training.config import Experiment
+from training.data import TEST, TRAIN, VALIDATION
+from training.display import Display
+from training.distributed import Group
+from training.run import run
+from training.shard_scan import scan
+from training.shards import ShardSource, find_shards, is_sharded, part_of, read_shard
+
+SPEC = InputSpec(height=16, width=16, channels=1)
+
+
+def add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 20), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(file, samples):
+    """`samples`: (key, encoded image or None, label or None)."""
+    with tarfile.open(file, "w") as archive:
+        for key, image, label in samples:
+            if image is not None:
+                add(archive, f"{key}.png", image)
+            if label is not None:
+                add(archive, f"{key}.cls", str(label).encode())
+            add(archive, f"{key}.json", b"{}")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three training shards of 40, 30 and 20 samples with labels 0..2."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    seed = 0
+    for number, count in enumerate((40, 30, 20)):
+        samples = [(f"s{seed + i:04d}", png(seed + i), (seed + i) % 3) for i in range(count)]
+        write_shard(folder / f"train-{number:03d}.tar", samples)
+        seed += count
+    return folder
+
+
+def scanned(source, tmp_path, **options):
+    wanted = {"validation": 0.1, "test": 0.1, "seed": 0, "workers": 2, "advance": lambda _: None, **options}
+    return scan(source, SPEC, tmp_path / "cache", **wanted)
+
+
+def source_of(shards, batch_size=16, seed=0, group=None, buffer=25):
+    group = group or Group()
+    return ShardSource(shards, SPEC, batch_size, seed, group=group, buffer=buffer, workers=2)
+
+
+def seen(batches):
+    return [image.numpy().tobytes() for batch in batches for image in batch.images]
+
+
+def test_samples_are_grouped_by_key_and_may_lack_parts(tmp_path):
+    samples = [("a/x", b"image", "cat"), ("a/y", None, "dog"), ("b/x", b"other", None)]
+    write_shard(tmp_path / "s.tar", samples)
+    found = list(read_shard(str(tmp_path / "s.tar")))
+    assert [(s.key, s.image, s.label) for s in found] == [
+        ("a/x", b"image", "cat"), ("a/y", b"", "dog"), ("b/x", b"other", ""),
+    ]  # fmt: skip
+
+
+def test_finds_shards_in_folders_and_lists(shards, tmp_path):
+    assert is_sharded(shards)
+    assert [url.rsplit("/", 1)[1] for url in find_shards(shards)] == ["train-000.tar", "train-001.tar", "train-002.tar"]
+    listed = tmp_path / "list.txt"
+    listed.write_text("# mine\nshards/train-001.tar\n\nmemory://x/val-0.tar\n")
+    assert find_shards(listed) == [str(tmp_path / "shards/train-001.tar"), "memory://x/val-0.tar"]
+    listed.write_text("\n")
+    with pytest.raises(DataError, match="lists no shards"):
+        find_shards(listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("train-1.tar", TRAIN), ("val_1.tar", VALIDATION), ("test.tar", TEST), ("x/00001.tar", TRAIN)]
+)
+def test_the_name_of_a_shard_says_its_part(name, part):
+    assert part_of(name) == part
+
+
+def test_the_scan_holds_out_counts_and_measures(shards, tmp_path):
+    found = scanned(shards, tmp_path)
+    held_out = len(found.held_out)
+    assert 5 <= held_out <= 30
+    assert len(found.shards) + held_out == 90
+    assert found.held_out.classes == ("0", "1", "2")
+    train = [preprocess(s.image, SPEC) for url, parts in zip(found.shards.urls, found.shards.parts, strict=True)
+             for s, part in zip(read_shard(url), parts, strict=True) if part == TRAIN]  # fmt: skip
+    pixels = np.stack(train) / 255
+    assert found.shards.mean[0] == pytest.approx(pixels.mean(), abs=1e-5)
+    assert found.shards.std[0] == pytest.approx(pixels.std(), abs=1e-5)
+    assert found.shards.calibration.shape == (len(found.shards), 16, 16, 1)
+    assert found.shards.train_labels().tolist() == [
+        label for labels, parts in zip(found.shards.labels, found.shards.parts, strict=True)
+        for label, part in zip(labels.tolist(), parts, strict=True) if part == TRAIN
+    ]  # fmt: skip
+
+
+def test_the_second_scan_is_the_first(shards, tmp_path):
+    first = scanned(shards, tmp_path)
+    read = []
+    second = scanned(shards, tmp_path, advance=read.append)
+    assert not read
+    assert second.shards.digest == first.shards.digest
+    assert second.held_out.paths == first.held_out.paths
+    assert scanned(shards, tmp_path, seed=1).held_out.paths != first.held_out.paths
+
+
+def test_shards_named_for_a_part_are_that_part(shards, tmp_path):
+    write_shard(shards / "val-000.tar", [(f"v{i}", png(500 + i), i % 3) for i in range(6)])
+    found = scanned(shards, tmp_path, test=0.0)
+    assert len(found.shards) == 90
+    assert set(found.held_out.splits.tolist()) == {VALIDATION}
+    assert len(found.held_out) == 6
+
+
+def test_faults_and_leaks_are_set_aside(shards, tmp_path):
+    write_shard(shards / "test-0.tar", [("t0", png(7), 1), ("t1", png(901), 2), ("t2", png(902), 0)])  # 7 is trained on
+    write_shard(
+        shards / "train-900.tar",
+        [("text", b"hello", 0), ("nolabel", png(800), None), ("noimage", None, 1), ("good", png(801), 2)],
+    )
+    found = scanned(shards, tmp_path, validation=0.0)
+    reasons = {fault.path.rsplit("/", 1)[1]: fault.reason for fault in found.faults}
+    assert reasons == {
+        "text.png": "unsupported_format",
+        "nolabel.png": "incomplete",
+        "noimage": "incomplete",
+        "s0007.png": "leak",
+    }
+    assert len(found.shards) == 90 - 1 + 1
+    assert preprocess(png(7), SPEC).tobytes() not in seen(source_of(found.shards).batches(0, 0))
+
+
+def test_names_of_number_labels_come_from_a_file(shards, tmp_path):
+    (shards / "classes.txt").write_text("zebra\nape\ncat\nunused\n")
+    found = scanned(shards, tmp_path)
+    assert found.held_out.classes == ("zebra", "ape", "cat", "unused")
+    (shards / "classes.txt").write_text("zebra\nape\n")
+    with pytest.raises(DataError, match="names 2 classes, but a sample has label 2"):
+        scanned(shards, tmp_path)
+
+
+def test_an_epoch_shows_every_training_sample_once(shards, tmp_path):
+    source = source_of(scanned(shards, tmp_path).shards)
+    first, second = seen(source.batches(0, 0)), seen(source.batches(1, 0))
+    assert len(first) == len(set(first)) == len(source)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert first == seen(source.batches(0, 0))
+    assert source.steps == -(-len(source) // 16)
+
+
+def test_a_resumed_epoch_is_the_rest_and_processes_share_batches(shards, tmp_path):
+    found = scanned(shards, tmp_path).shards
+    whole = list(source_of(found).batches(2, 0))
+    rest = list(source_of(found).batches(2, 3))
+    assert len(rest) == len(whole) - 3
+    for a, b in zip(whole[3:], rest, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.uniform, b.uniform)
+    halves = [list(source_of(found, group=Group(rank, 2)).batches(2, 0)) for rank in range(2)]
+    for batch, left, right in zip(whole, *halves, strict=True):
+        assert torch.equal(torch.cat([left.images, right.images]), batch.images)
+        assert left.whole == right.whole == batch.whole == len(batch.images)
+
+
+def test_a_shard_that_is_no_tar_is_named(tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(DataError, match=r"train-0\.tar cannot be read"):
+        scanned(tmp_path, tmp_path)
+    listed = tmp_path / "list.txt"
+    listed.write_text("nowhere-0.tar\n")
+    with pytest.raises(DataError, match=r"nowhere-0\.tar cannot be read"):
+        scanned(listed, tmp_path)
+
+
+def test_a_whole_run_from_shards(shards, tmp_path):
+    tree = {
+        "name": "sharded",
+        "input": {"size": 16, "channels": 1},
+        "loop": {"epochs": 2, "precision": "float32", "threads": 1, "balance": "weights"},
+    }
+    text = io.StringIO()
+    shown = Display(Console(file=text, width=120))
+    result = run(Experiment.model_validate(tree), shards, tmp_path / "models", tmp_path / "runs", shown)
+    manifest = artifact.load(result.version).manifest
+    counts = manifest.data["images"]
+    assert sum(counts.values()) == 90
+    assert "90 images" in text.getvalue()
+    assert all(file.is_file() for file in result.holdout)
+    sampled = Experiment.model_validate({**tree, "loop": {"balance": "sampler"}})
+    with pytest.raises(ConfigurationError, match="cannot be sampled"):
+        run(sampled, shards, tmp_path / "models", tmp_path / "runs", shown)

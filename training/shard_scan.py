@@ -1,0 +1,267 @@
+"""The first look at shards: every sample is decoded once, faults and leaks are set aside, held-out images unpacked.
+
+The result is kept beside the other caches, so that the next run on the same shards starts at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from service.artifact import InputSpec
+from service.errors import DataError, InvalidImageError
+from service.preprocess import preprocess
+from training.data import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
+from training.read import Fault
+from training.shards import Sample, ShardSet, find_shards, part_of, read_shard
+from training.tables import table_entries
+
+_CALIBRATION = 512
+_CHUNK = 256
+_SET_ASIDE = -2
+_ARRAYS, _FAULTS, _HELD_OUT, _NAMES = "scan.npz", "faults.json", "held-out.csv", "classes.txt"
+
+
+class _Seen(NamedTuple):
+    """A sample after the first look. `digest`: of the encoded image; `image` is None for what is not trained on."""
+
+    part: int
+    label: str
+    key: str
+    digest: bytes
+    image: NDArray[np.uint8] | None
+    fault: Fault | None
+
+
+class _Statistics:
+    """Sums for mean and deviation per channel, and a random sample of the images (reservoir sampling)."""
+
+    def __init__(self, spec: InputSpec, seed: int) -> None:
+        self.total = np.zeros(spec.channels)
+        self.squares = np.zeros(spec.channels)
+        self.images = 0
+        self.sample: list[NDArray[np.uint8]] = []
+        self._pixels = spec.height * spec.width
+        self._random = np.random.default_rng(seed)
+
+    def add(self, image: NDArray[np.uint8]) -> None:
+        values = image.reshape(-1, image.shape[-1]).astype(np.uint64)
+        self.total += values.sum(0)
+        self.squares += np.square(values).sum(0)
+        self.images += 1
+        if len(self.sample) < _CALIBRATION:
+            self.sample.append(image)
+        elif (place := int(self._random.integers(self.images))) < _CALIBRATION:
+            self.sample[place] = image
+
+    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        count = max(1, self.images * self._pixels)
+        mean = self.total / count
+        std = np.sqrt(np.maximum(self.squares / count - mean**2, 1.0))
+        return tuple(np.round(mean / 255, 6).tolist()), tuple(np.round(std / 255, 6).tolist())
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """`held_out`: validation and test images, unpacked, with the classes of all samples."""
+
+    shards: ShardSet
+    held_out: Listing
+    faults: tuple[Fault, ...]
+
+
+def scan(
+    source: Path,
+    spec: InputSpec,
+    parent: Path,
+    *,
+    validation: float,
+    test: float,
+    seed: int,
+    workers: int,
+    advance: Callable[[int], None],
+) -> Scanned:
+    """Scans shards, or opens what an earlier scan of the same shards has left below `parent`.
+
+    Where no shard is named for validation or test, samples are held out by a hash of their key and the seed.
+
+    Raises:
+        DataError: a shard cannot be read, there are no training samples, or fewer than two classes.
+    """
+    urls = find_shards(source)
+    given = {part_of(url) for url in urls}
+    shares = {p: 0.0 if p in given else s for p, s in ((VALIDATION, validation), (TEST, test))}
+    folder = parent / _key(urls, spec, shares, seed)
+    if not folder.exists():
+        beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            beside.mkdir(parents=True)
+            _Scan(beside, spec, shares, seed).run(urls, workers, advance)
+            beside.rename(folder)
+        except OSError as error:
+            raise DataError(f"what is held out of the shards cannot be written to {parent}: {error}") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return _open(folder, urls, _class_names(source))
+
+
+class _Scan:
+    """One pass over all shards, into a folder."""
+
+    def __init__(self, folder: Path, spec: InputSpec, shares: Mapping[int, float], seed: int) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._shares = shares
+        self._seed = seed
+        self._statistics = _Statistics(spec, seed)
+        self._seen: list[list[_Seen]] = []
+        self._held_out: list[tuple[str, str, str]] = []
+
+    def run(self, urls: Sequence[str], workers: int, advance: Callable[[int], None]) -> None:
+        """Reads every sample and writes what was found."""
+        with ThreadPoolExecutor(workers) as pool:
+            for url in urls:
+                self._seen.append([])
+                part, samples = part_of(url), read_shard(url)
+                while chunk := list(islice(samples, _CHUNK)):
+                    for seen in pool.map(lambda sample, url=url, part=part: self._look(url, part, sample), chunk):
+                        self._note(seen)
+                    advance(len(chunk))
+        self._write()
+
+    def _look(self, url: str, part: int, sample: Sample) -> _Seen:
+        path = f"{url}/{sample.key}{sample.suffix}"
+        digest = hashlib.blake2b(sample.image, digest_size=16).digest()
+        if not sample.label or not sample.image:
+            what = "label (.cls)" if sample.image else "image"
+            fault = Fault(path, "incomplete", f"the sample has no {what}")
+            return _Seen(_SET_ASIDE, sample.label, path, digest, None, fault)
+        try:
+            image = preprocess(sample.image, self._spec)
+        except InvalidImageError as error:
+            return _Seen(_SET_ASIDE, sample.label, path, digest, None, Fault(path, error.reason.value, str(error)))
+        part = self._drawn(sample.key) if part == TRAIN else part
+        if part == TRAIN:
+            return _Seen(part, sample.label, path, digest, image, None)
+        self._unpack(part, sample)
+        return _Seen(part, sample.label, path, digest, None, None)
+
+    def _drawn(self, key: str) -> int:
+        """Held out by a hash: the same samples whatever the order and the number of shards."""
+        number = hashlib.blake2b(f"{self._seed}\0{key}".encode(), digest_size=8).digest()
+        place = int.from_bytes(number, "big") / 2**64
+        if place < self._shares[TEST]:
+            return TEST
+        return VALIDATION if place < self._shares[TEST] + self._shares[VALIDATION] else TRAIN
+
+    def _unpack(self, part: int, sample: Sample) -> None:
+        name = hashlib.blake2b(sample.key.encode(), digest_size=12).hexdigest() + sample.suffix
+        folder = self._folder / SPLIT_NAMES[part]
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(sample.image)
+        self._held_out.append((f"{SPLIT_NAMES[part]}/{name}", sample.label, SPLIT_NAMES[part]))
+
+    def _note(self, seen: _Seen) -> None:
+        if seen.image is not None:
+            self._statistics.add(seen.image)
+        self._seen[-1].append(seen._replace(image=None))
+
+    def _write(self) -> None:
+        leaks = self._leaks()
+        arrays: dict[str, NDArray[Any]] = {}
+        for number, shard in enumerate(self._seen):
+            parts = [_SET_ASIDE if seen.part == TRAIN and seen.digest in leaks else seen.part for seen in shard]
+            arrays[f"parts{number}"] = np.array(parts, dtype=np.int8)
+            arrays[f"labels{number}"] = np.array([seen.label for seen in shard], dtype=np.str_)
+        mean, std = self._statistics.moments()
+        sample = np.stack(self._statistics.sample) if self._statistics.sample else np.empty((0, *self._spec.shape))
+        arrays |= {"mean": np.array(mean), "std": np.array(std), "calibration": sample.astype(np.uint8)}
+        arrays["digest"] = np.array(self._digest())
+        np.savez(self._folder / _ARRAYS, allow_pickle=False, **arrays)
+        faults = [seen.fault for shard in self._seen for seen in shard if seen.fault]
+        faults += [
+            Fault(seen.key, "leak", "the same bytes as a held-out image")
+            for shard in self._seen
+            for seen in shard
+            if seen.part == TRAIN and seen.digest in leaks
+        ]
+        (self._folder / _FAULTS).write_text(json.dumps([asdict(fault) for fault in faults]), encoding="utf-8")
+        with (self._folder / _HELD_OUT).open("w", encoding="utf-8", newline="") as stream:
+            rows = csv.writer(stream, lineterminator="\n")
+            rows.writerow(("path", "label", "split"))
+            rows.writerows(sorted(self._held_out))
+
+    def _digest(self) -> str:
+        total = hashlib.sha256()
+        for seen in (seen for shard in self._seen for seen in shard):
+            total.update(f"{seen.key}\0{seen.label}\0{seen.part}\0".encode() + seen.digest)
+        return total.hexdigest()
+
+    def _leaks(self) -> set[bytes]:
+        """Digests that are in the training part and in a held-out one."""
+        trained = {seen.digest for shard in self._seen for seen in shard if seen.part == TRAIN}
+        return trained & {seen.digest for shard in self._seen for seen in shard if seen.part in (VALIDATION, TEST)}
+
+
+def _open(folder: Path, urls: Sequence[str], names: Sequence[str]) -> Scanned:
+    with np.load(folder / _ARRAYS) as stored:
+        texts = [stored[f"labels{number}"] for number in range(len(urls))]
+        parts = tuple(stored[f"parts{number}"] for number in range(len(urls)))
+        mean, std, calibration = stored["mean"], stored["std"], stored["calibration"]
+        digest = str(stored["digest"])
+    classes, index = _classes(texts, parts, names)
+    labels = tuple(np.array([index.get(text, -1) for text in shard.tolist()], dtype=np.int64) for shard in texts)
+    shards = ShardSet(tuple(urls), parts, labels, tuple(mean.tolist()), tuple(std.tolist()), calibration, digest)
+    if not len(shards):
+        raise DataError(f"the shards hold no usable training samples: {urls[0]} and {len(urls) - 1} more")
+    entries = [replace(entry, label=classes[index[entry.label]]) for entry in table_entries(folder / _HELD_OUT)]
+    faults = json.loads((folder / _FAULTS).read_text(encoding="utf-8"))
+    held_out = listing_of(folder, entries, classes)
+    return Scanned(shards, held_out, tuple(Fault(**fault) for fault in faults))
+
+
+def _classes(
+    texts: Sequence[NDArray[np.str_]], parts: Sequence[NDArray[np.int8]], names: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names in label order, and the index of each label text that is used."""
+    used = sorted({text for shard, part in zip(texts, parts, strict=True) for text in shard[part >= TRAIN].tolist()})
+    if all(text.isdecimal() for text in used):
+        used.sort(key=int)
+        if names:
+            if int(used[-1]) >= len(names):
+                raise DataError(f"{_NAMES} names {len(names)} classes, but a sample has label {used[-1]}")
+            return tuple(names), {text: int(text) for text in used}
+    return tuple(used), {text: number for number, text in enumerate(used)}
+
+
+def _class_names(source: Path) -> list[str]:
+    """The lines of `classes.txt` beside the shards, if there is one: names of labels that are numbers."""
+    file = (source if source.is_dir() else source.parent) / _NAMES
+    return file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+
+
+def _key(urls: Sequence[str], spec: InputSpec, shares: Mapping[int, float], seed: int) -> str:
+    total = hashlib.sha256(f"{spec.model_dump_json()}\0{sorted(shares.items())}\0{seed}".encode())
+    for url in urls:
+        system, path = fsspec.core.url_to_fs(url)
+        try:
+            facts = system.info(path)
+        except OSError as error:
+            raise DataError(f"shard {url} cannot be read: {error}") from error
+        changed = facts.get("mtime") or facts.get("ETag") or facts.get("LastModified")
+        total.update(f"{url}\0{facts.get('size')}\0{changed}\0".encode())
+    return total.hexdigest()[:16]

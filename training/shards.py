@@ -1,0 +1,202 @@
+"""Tar shards in the WebDataset layout, for sets that are larger than the disk: read as streams, epoch after epoch.
+
+A sample is a run of files with one key: `<key>.jpg` (or another image) and `<key>.cls`, the class as text. Shards are
+the `*.tar` of a folder, or the lines of a `.txt` file: paths, or URLs that fsspec can open. A shard belongs to the part
+of the split that its name begins with (train, val, test); any other name counts as train.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.artifact import InputSpec
+from service.errors import DataError
+from service.preprocess import preprocess
+from training.batches import Batch, ahead, batch_starts
+from training.data import SPLIT_ALIASES, TRAIN, is_image
+from training.distributed import Group
+from training.draws import draws
+from training.seeds import Purpose, derive
+
+_LABEL_SUFFIX = ".cls"
+
+
+class Sample(NamedTuple):
+    """One image of a shard, encoded. `suffix`: of its file name, with the dot. `label`: text of the `.cls` file."""
+
+    key: str
+    suffix: str
+    image: bytes
+    label: str
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The training part of a set of shards, after it has been scanned.
+
+    `parts[s]`: int8, one entry per sample of shard s in the order of the file: TRAIN, or anything else for samples that
+    are held out or set aside. `labels[s]`: int64, the same length. `mean`, `std`: of the training pixels in 0..1.
+    `calibration`: uint8[M, H, W, C], some of the training images. `digest`: SHA-256 over keys, labels and contents.
+    """
+
+    urls: tuple[str, ...]
+    parts: tuple[NDArray[np.int8], ...]
+    labels: tuple[NDArray[np.int64], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    calibration: NDArray[np.uint8]
+    digest: str
+
+    def __len__(self) -> int:
+        return sum(int((part == TRAIN).sum()) for part in self.parts)
+
+    def train_labels(self) -> NDArray[np.int64]:
+        """int64[N], in the order of the shards."""
+        chosen = [labels[part == TRAIN] for labels, part in zip(self.labels, self.parts, strict=True)]
+        return np.concatenate(chosen)
+
+
+def is_sharded(source: Path) -> bool:
+    """Whether a source is a folder of tar files or a list of shards."""
+    return source.suffix == ".txt" if source.is_file() else source.is_dir() and any(source.glob("*.tar"))
+
+
+def find_shards(source: Path) -> list[str]:
+    """The shards of a folder or of a list, sorted; relative paths in a list start at its folder.
+
+    Raises:
+        DataError: the list is empty.
+    """
+    if source.is_dir():
+        return sorted(str(file) for file in source.glob("*.tar"))
+    lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    urls = [line if "://" in line else str(source.parent / line) for line in lines if line and line[0] != "#"]
+    if not urls:
+        raise DataError(f"{source} lists no shards; write a path or URL of a .tar file on each line")
+    return sorted(urls)
+
+
+def part_of(url: str) -> int:
+    """The part of the split that a shard's name says."""
+    name = PurePosixPath(url).name.lower()
+    letters = name[: next((i for i, c in enumerate(name) if not c.isalpha()), len(name))]
+    return SPLIT_ALIASES.get(letters, TRAIN)
+
+
+def read_shard(url: str) -> Iterator[Sample]:
+    """The samples of a shard, in order, read as one stream.
+
+    Raises:
+        DataError: the shard cannot be opened or read.
+    """
+    try:
+        with fsspec.open(url, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            yield from _samples(archive)
+    except (OSError, tarfile.TarError, ValueError, ImportError) as error:
+        raise DataError(f"shard {url} cannot be read: {error}") from error
+
+
+def _samples(archive: tarfile.TarFile) -> Iterator[Sample]:
+    key, image, suffix, label = "", b"", "", ""
+    for member in archive:
+        content = archive.extractfile(member)
+        if content is None:
+            continue  # a folder or a link
+        path = PurePosixPath(member.name)
+        # WebDataset's rule: the key ends at the first dot of the file name.
+        mine = str(path.parent / path.name.partition(".")[0])
+        if mine != key:
+            if image or label:
+                yield Sample(key, suffix, image, label)
+            key, image, suffix, label = mine, b"", "", ""
+        if path.suffix == _LABEL_SUFFIX:
+            label = content.read().decode("utf-8", "replace").strip()
+        elif is_image(path.name):
+            image, suffix = content.read(), path.suffix.lower()
+    if image or label:
+        yield Sample(key, suffix, image, label)
+
+
+class ShardSource:
+    """Training batches from shards: their order shuffled, and the samples in a buffer of encoded images.
+
+    Every process reads all shards and decodes its part of each batch, so that several end with the weights of one.
+    """
+
+    def __init__(
+        self, shards: ShardSet, spec: InputSpec, batch_size: int, seed: int, *, group: Group, buffer: int, workers: int
+    ) -> None:
+        self._shards = shards
+        self._spec = spec
+        self._batch_size = batch_size
+        self._seed = seed
+        self._group = group
+        self._buffer = buffer
+        self._workers = workers
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+        return len(batch_starts(len(self), self._batch_size))
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of an epoch, from the one numbered `first`; those before it are read but not decoded."""
+        return ahead(self._cut(epoch, first))
+
+    def _cut(self, epoch: int, first: int) -> Iterator[Batch]:
+        bounds = [*batch_starts(len(self), self._batch_size).tolist(), len(self)]
+        samples = self._shuffled(epoch)
+        with ThreadPoolExecutor(self._workers) as pool:
+            for number, size in enumerate(np.diff(bounds).tolist()):
+                taken = [next(samples) for _ in range(size)]
+                if number >= first:
+                    yield self._decode(taken[self._group.part(size)], size, pool)
+
+    def _decode(self, taken: Sequence[tuple[bytes, int, Tensor]], whole: int, pool: ThreadPoolExecutor) -> Batch:
+        images = np.empty((len(taken), *self._spec.shape), dtype=np.uint8)
+        encoded = [image for image, _, _ in taken]
+        for _ in pool.map(lambda data, out: preprocess(data, self._spec, out=out), encoded, images):
+            pass  # raises what a thread has raised
+        labels = torch.tensor([label for _, label, _ in taken], dtype=torch.int64)
+        uniform = torch.stack([row for _, _, row in taken]) if taken else draws(0, 0, 0)
+        return Batch(torch.from_numpy(images), labels, uniform, whole)
+
+    def _shuffled(self, epoch: int) -> Iterator[tuple[bytes, int, Tensor]]:
+        random = np.random.default_rng(derive(self._seed, Purpose.SHARDS, epoch))
+        order = random.permutation(len(self._shards.urls))
+        buffer: list[tuple[bytes, int, Tensor]] = []
+        for sample in self._stream(epoch, order):
+            buffer.append(sample)
+            if len(buffer) > self._buffer:
+                yield _pop(buffer, random)
+        while buffer:
+            yield _pop(buffer, random)
+
+    def _stream(self, epoch: int, order: NDArray[np.int64]) -> Iterator[tuple[bytes, int, Tensor]]:
+        shards = self._shards
+        for number in order.tolist():
+            parts, labels = shards.parts[number], shards.labels[number]
+            uniform = draws(len(parts), self._seed, epoch, number + 1)
+            for place, sample in enumerate(read_shard(shards.urls[number])):
+                if parts[place] == TRAIN:
+                    yield sample.image, int(labels[place]), uniform[place]
+
+
+def _pop(buffer: list[tuple[bytes, int, Tensor]], random: np.random.Generator) -> tuple[bytes, int, Tensor]:
+    place = int(random.integers(len(buffer)))
+    buffer[place], buffer[-1] = buffer[-1], buffer[place]
+    return buffer.pop()
