@@ -7,9 +7,10 @@ training is imported by the service. Commands import what they need when they ru
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib import metadata
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -54,6 +55,15 @@ class _Commands(click.Group):
             command = next(iter(points)).load() if points else None
         return command if isinstance(command, click.Command) else None
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader of our output has gone, as with `| head`: no fault, and nobody to tell. What is still in the
+            # buffer would fail once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(Exit.OK)
+
 
 @click.group(cls=_Commands, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="convoy", prog_name="convoy")
@@ -80,9 +90,6 @@ def main() -> NoReturn:
         code = Exit.USAGE
     except (click.Abort, KeyboardInterrupt):
         code = Exit.CTRL_C
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
-        code = Exit.OK
     except ConvoyError as error:
         click.secho(f"convoy: {error}", err=True, fg="red")
         code = exits.code_of(error)

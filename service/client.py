@@ -60,11 +60,13 @@ class Client:
         try:
             ready.result(timeout=self._connect_timeout_s)
         except grpc.FutureTimeoutError:
-            ready.cancel()
             self._channel.close()
             raise ServerUnreachableError(
                 f"no server answers at {self._target}; start one with `convoy serve`, or name another with --server"
             ) from None
+        except BaseException:  # Ctrl-C: an open channel would hold up the end of the process
+            self._channel.close()
+            raise
         return self
 
     def __exit__(

@@ -398,7 +398,7 @@ def serve_process(repository, *flags, env=None):
     process = Process("serve", "--repository", repository, *ports, *flags, env=env)
     try:
         report = process.ready()
-        assert report, "the server did not start: " + "".join(process.lines)
+        assert report, f"the server did not start: {process.ended()}"
         yield process, report
         process.signal(signal.SIGTERM)
         code, log = process.ended()
