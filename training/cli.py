@@ -39,6 +39,11 @@ _CTRL_C = 130
 )
 @click.option("--config", help="Experiment file, or the name of one of those that come along; flags override it.")
 @click.option("--resume", is_flag=True, help="Go on with the newest run in RUNS/NAME.")
+@click.option(
+    "--resume-if-any",
+    is_flag=True,
+    help="The same if there is one with a checkpoint, else start: for jobs that are run again as they are.",
+)
 @click.option("--find-lr", is_flag=True, help="Do not train: raise the learning rate until it breaks, and plot.")
 @setting_options
 @click.pass_context
@@ -51,6 +56,7 @@ def train(
     config: str | None,
     *,
     resume: bool,
+    resume_if_any: bool,
     find_lr: bool,
     assignments: tuple[str, ...],
     **flags: Any,
@@ -73,8 +79,9 @@ def train(
     require_extra()
     from training.config import find_experiment, load_experiment
     from training.display import console_of_process
-    from training.folders import latest_run, settings_of
+    from training.folders import begun_run, latest_run, settings_of
     from training.interrupt import InterruptedRunError
+    from training.loop import LAST
     from training.run import run, search_learning_rate
 
     overrides = overrides_of(flags, assignments)
@@ -83,6 +90,8 @@ def train(
     file = find_experiment(config) if config else None
     experiment = load_experiment(file, overrides)
     folder = latest_run(runs / experiment.name) if resume else None
+    if resume_if_any and not resume:
+        folder = begun_run(runs / experiment.name, LAST)
     if folder:
         experiment = settings_of(folder, overrides)
     display = console_of_process()

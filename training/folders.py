@@ -53,6 +53,13 @@ def latest_run(parent: Path) -> Path:
     return parent / str(max(numbers))
 
 
+def begun_run(parent: Path, checkpoint: str) -> Path | None:
+    """The newest run that has written a checkpoint (a file of that name); None if no run has got that far."""
+    numbers = _numbers(parent) if parent.is_dir() else []
+    begun = (parent / str(number) for number in sorted(numbers, reverse=True))
+    return next((folder for folder in begun if (folder / checkpoint).is_file()), None)
+
+
 def settings_of(folder: Path, overrides: Mapping[str, Any]) -> Experiment:
     """The settings that a run was started with.
 

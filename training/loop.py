@@ -18,16 +18,16 @@ from training.batches import Examples, Source
 from training.config import Experiment
 from training.distributed import Group
 from training.evaluate import evaluate
+from training.health import check_finite, check_moving
 from training.phases import Phase
 from training.pixels import Normaliser
 from training.precision import Precision
-from training.step import Stepper, chance_loss
+from training.step import Stepper
 
 BEST = "best.pt"
 LAST = "last.pt"
 
 _CHECK_STEPS = 16  # a GPU is asked for its losses this often, so that it need not wait for Python
-_STUCK = 0.99
 
 
 class Watcher(Protocol):
@@ -184,11 +184,7 @@ class Trainer:
         latest = None
         for share, images in self._pending:
             (latest,) = self._group.sum([float(share)])
-            if not math.isfinite(latest):
-                raise TrainingError(
-                    f"the loss became {latest} in epoch {self.progress.epoch + 1}, near step {self.progress.step}; "
-                    "use a lower --learning-rate, a longer warm-up, or --clip-norm 1"
-                )
+            check_finite(latest, self.progress.epoch + 1, self.progress.step)
             self.progress.loss_sum += latest * images
             self.progress.images += images
         self._pending.clear()
@@ -220,7 +216,7 @@ class Trainer:
             progress.best_epoch = progress.epoch
             self._save_best()
         self._save(LAST)
-        self._check_stuck()
+        check_moving(progress.history, self._loop.stuck_epochs, self._classes)
 
     def _validate(self) -> dict[str, float]:
         if not len(self._validation):
@@ -241,18 +237,6 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         patience = self._loop.patience
         return patience is not None and self.progress.epoch - self.progress.best_epoch >= patience
-
-    def _check_stuck(self) -> None:
-        recent = [figures["train_loss"] for figures in self.progress.history[-self._loop.stuck_epochs :]]
-        if not self._loop.stuck_epochs or len(recent) < self._loop.stuck_epochs:
-            return
-        chance = chance_loss(self._classes)
-        if min(recent) > _STUCK * chance:
-            raise TrainingError(
-                f"the loss has stayed at {recent[-1]:.3f}, that of guessing among {self._classes} classes "
-                f"({chance:.3f}), for {len(recent)} epochs. Try a lower --learning-rate with a longer warm-up, a "
-                "network with BatchNorm (vgg16_bn instead of vgg16), and check that the labels are right"
-            )
 
     def _save(self, name: str) -> None:
         if self._group.main:

@@ -37,23 +37,36 @@ class Normaliser:
         return torch.addcmul(self._shift, images, self._scale)
 
 
+class ChannelSums:
+    """Mean and standard deviation per channel of images that come piece by piece. Exact: sums are of integers."""
+
+    def __init__(self, channels: int) -> None:
+        self._total = np.zeros(channels)
+        self._squares = np.zeros(channels)
+        self._count = 0
+
+    def add(self, images: NDArray[np.uint8]) -> None:
+        """Adds uint8[..., C]."""
+        values = images.reshape(-1, images.shape[-1]).astype(np.uint32)
+        self._total += values.sum(0, dtype=np.uint64)
+        self._squares += np.square(values).sum(0, dtype=np.uint64)
+        self._count += len(values)
+
+    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation, where pixels are 0..1; the latter at least 1/255, so that it can be divided by."""
+        mean = self._total / max(1, self._count)
+        std = np.sqrt(np.maximum(self._squares / max(1, self._count) - mean**2, 1.0))
+        return _rounded(mean / 255), _rounded(std / 255)
+
+
 def channel_statistics(
     images: NDArray[np.uint8], indices: NDArray[np.int64]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel over `images[indices]`, uint8[N, H, W, C], where pixels are 0..1.
-
-    Exact: sums are of integers. The deviation is at least 1/255, so that a constant channel can be divided by it.
-    """
-    total = np.zeros(images.shape[-1], dtype=np.float64)
-    squares = np.zeros_like(total)
+    """Mean and standard deviation per channel over `images[indices]`, uint8[N, H, W, C], where pixels are 0..1."""
+    sums = ChannelSums(images.shape[-1])
     for at in range(0, len(indices), _CHUNK):
-        chunk = images[indices[at : at + _CHUNK]].reshape(-1, images.shape[-1]).astype(np.uint32)
-        total += chunk.sum(0, dtype=np.uint64)
-        squares += np.square(chunk).sum(0, dtype=np.uint64)
-    count = len(indices) * images.shape[1] * images.shape[2]
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
-    return _rounded(mean / 255), _rounded(std / 255)
+        sums.add(images[indices[at : at + _CHUNK]])
+    return sums.moments()
 
 
 def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 
 from service.artifact import Weights
 from service.errors import ConfigurationError
-from training.batches import Examples, MemorySource, Source, balancing_weights
+from training.assemble import build_source, build_stepper, build_trainer
+from training.batches import Examples
 from training.calibrate import fit_temperature
 from training.config import Experiment
 from training.display import Display
@@ -25,18 +25,12 @@ from training.folders import check_writable, new_run
 from training.interrupt import InterruptedRunError, held_back
 from training.journal import Journal
 from training.loop import StoppedError, Trainer
-from training.models import Architecture, LoadReport, create, describe
-from training.optimise import peak_rate
-from training.phases import Phase
-from training.precision import Precision, fastest
+from training.models import describe
 from training.prepare import prepare
 from training.prepared import Prepared
-from training.seeds import Purpose, derive
-from training.shards import ShardSource
-from training.step import Stepper, class_weights
 from training.threads import limited_to, thread_count
 from training.trained import Trained
-from training.transfer import plan, provenance, stage_table, start_from
+from training.transfer import plan, provenance, stage_table
 
 _CANARY_IMAGES = 8
 _CALIBRATION_IMAGES = 512
@@ -123,69 +117,6 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     return found.suggestion
 
 
-def build_stepper(
-    experiment: Experiment, entry: Architecture, data: Prepared, group: Group
-) -> tuple[Stepper, LoadReport | None]:
-    """The model, with weights drawn from the seed or loaded, and what updates it."""
-    torch.manual_seed(derive(experiment.loop.seed, Purpose.WEIGHTS))
-    classes, spec, where = data.dataset.classes, data.spec, device()
-    model = create(experiment.model.name, len(classes), spec.channels, **experiment.model.options)
-    model.check_input(spec.height, spec.width)
-    report = start_from(model, entry, experiment.transfer)
-    stepper = Stepper(
-        model,
-        experiment,
-        data.normalise.on(where),
-        class_weights=class_weights(data.train_labels(), len(classes))
-        if experiment.loop.balance == "weights"
-        else None,
-        device=where,
-        group=group,
-    )
-    return stepper, report
-
-
-def build_trainer(
-    experiment: Experiment, data: Prepared, stepper: Stepper, phases: Sequence[Phase], folder: Path, group: Group
-) -> Trainer:
-    """The loop around a stepper, with the precision chosen."""
-    source = build_source(experiment, data, group)
-    stepper.precision = group.from_main(lambda: _precision(experiment, stepper, source))
-    return Trainer(
-        stepper,
-        source,
-        data.examples("validation"),
-        data.normalise.on(stepper.device),
-        experiment,
-        phases=phases,
-        peak=peak_rate(experiment),
-        folder=folder,
-        identity={
-            "data": data.digest(),
-            "precision": stepper.precision,
-            "processes": group.world,
-            "threads": torch.get_num_threads(),
-        },
-        group=group,
-    )
-
-
-def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source:
-    """The training images in batches.
-
-    Raises:
-        ConfigurationError: a sampler for shards, which can only be read in their order.
-    """
-    loop, train = experiment.loop, data.examples("train")
-    if data.shards:
-        if loop.balance == "sampler":
-            raise ConfigurationError("tar shards cannot be sampled; use --balance weights")
-        options = {"buffer": experiment.data.shuffle_buffer, "workers": len(os.sched_getaffinity(0))}
-        return ShardSource(data.shards, data.spec, loop.batch_size, loop.seed, group=group, **options)
-    weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
-    return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
-
-
 def examine(
     experiment: Experiment, data: Prepared, trainer: Trainer, weights: Weights, group: Group
 ) -> tuple[Evaluation, Trained]:
@@ -240,16 +171,6 @@ def repeatable(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def _precision(experiment: Experiment, stepper: Stepper, source: Source) -> Precision:
-    """What was asked for; `auto` measures, unless the run has to be repeatable."""
-    wanted = experiment.loop.precision
-    if wanted != "auto":
-        return wanted
-    if experiment.loop.deterministic:
-        return "float32"
-    return fastest(stepper.trial(next(iter(source.batches(0, 0)))), stepper.device)
 
 
 def _introduce(display: Display, experiment: Experiment, source: Path, data: Prepared) -> None:

@@ -21,6 +21,7 @@ class Purpose(enum.IntEnum):
     DROPOUT = 3
     MIX = 4
     SHARDS = 5
+    SEARCH = 6
 
 
 def derive(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -25,6 +25,7 @@ from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
 from service.preprocess import preprocess
 from training.data import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
+from training.pixels import ChannelSums
 from training.read import Fault
 from training.shards import Sample, ShardSet, find_shards, part_of, read_shard
 from training.tables import table_entries
@@ -46,32 +47,22 @@ class _Seen(NamedTuple):
     fault: Fault | None
 
 
-class _Statistics:
-    """Sums for mean and deviation per channel, and a random sample of the images (reservoir sampling)."""
+class _Reservoir:
+    """A random sample of the images that were added (Vitter's algorithm R)."""
 
-    def __init__(self, spec: InputSpec, seed: int) -> None:
-        self.total = np.zeros(spec.channels)
-        self.squares = np.zeros(spec.channels)
-        self.images = 0
-        self.sample: list[NDArray[np.uint8]] = []
-        self._pixels = spec.height * spec.width
+    def __init__(self, size: int, seed: int) -> None:
+        self.images: list[NDArray[np.uint8]] = []
+        self._size = size
+        self._added = 0
         self._random = np.random.default_rng(seed)
 
     def add(self, image: NDArray[np.uint8]) -> None:
-        values = image.reshape(-1, image.shape[-1]).astype(np.uint64)
-        self.total += values.sum(0)
-        self.squares += np.square(values).sum(0)
-        self.images += 1
-        if len(self.sample) < _CALIBRATION:
-            self.sample.append(image)
-        elif (place := int(self._random.integers(self.images))) < _CALIBRATION:
-            self.sample[place] = image
-
-    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        count = max(1, self.images * self._pixels)
-        mean = self.total / count
-        std = np.sqrt(np.maximum(self.squares / count - mean**2, 1.0))
-        return tuple(np.round(mean / 255, 6).tolist()), tuple(np.round(std / 255, 6).tolist())
+        """Takes the image in, perhaps for another."""
+        self._added += 1
+        if len(self.images) < self._size:
+            self.images.append(image)
+        elif (place := int(self._random.integers(self._added))) < self._size:
+            self.images[place] = image
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,8 @@ class _Scan:
         self._spec = spec
         self._shares = shares
         self._seed = seed
-        self._statistics = _Statistics(spec, seed)
+        self._sums = ChannelSums(spec.channels)
+        self._sample = _Reservoir(_CALIBRATION, seed)
         self._seen: list[list[_Seen]] = []
         self._held_out: list[tuple[str, str, str]] = []
 
@@ -177,7 +169,8 @@ class _Scan:
 
     def _note(self, seen: _Seen) -> None:
         if seen.image is not None:
-            self._statistics.add(seen.image)
+            self._sums.add(seen.image)
+            self._sample.add(seen.image)
         self._seen[-1].append(seen._replace(image=None))
 
     def _write(self) -> None:
@@ -187,8 +180,8 @@ class _Scan:
             parts = [_SET_ASIDE if seen.part == TRAIN and seen.digest in leaks else seen.part for seen in shard]
             arrays[f"parts{number}"] = np.array(parts, dtype=np.int8)
             arrays[f"labels{number}"] = np.array([seen.label for seen in shard], dtype=np.str_)
-        mean, std = self._statistics.moments()
-        sample = np.stack(self._statistics.sample) if self._statistics.sample else np.empty((0, *self._spec.shape))
+        mean, std = self._sums.moments()
+        sample = np.stack(self._sample.images) if self._sample.images else np.empty((0, *self._spec.shape))
         arrays |= {"mean": np.array(mean), "std": np.array(std), "calibration": sample.astype(np.uint8)}
         arrays["digest"] = np.array(self._digest())
         np.savez(self._folder / _ARRAYS, allow_pickle=False, **arrays)

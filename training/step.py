@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -201,8 +200,3 @@ def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32
     """float32[K], one over each class's size, scaled so that the mean over the images is 1."""
     counts = np.bincount(labels, minlength=classes)
     return np.asarray(len(labels) / (classes * np.maximum(counts, 1)), dtype=np.float32)
-
-
-def chance_loss(classes: int) -> float:
-    """Cross-entropy in nats of a model that knows nothing: ln K."""
-    return math.log(classes)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedKFold
 
+from training.assemble import build_stepper, build_trainer
 from training.config import Experiment
 from training.data import list_images
 from training.digits import write_digits
@@ -29,7 +30,6 @@ from training.pixels import Normaliser, channel_statistics
 from training.prepare import input_spec
 from training.prepared import Prepared
 from training.read import Dataset, count_channels, read_images
-from training.run import build_stepper, build_trainer
 from training.split import Split, stratified_split
 from training.threads import limited_to
 

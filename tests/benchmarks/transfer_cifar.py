@@ -21,6 +21,7 @@ import click
 import numpy as np
 from rich.console import Console
 
+from training.assemble import build_stepper, build_trainer
 from training.config import Experiment
 from training.data import list_images
 from training.display import Display
@@ -29,7 +30,6 @@ from training.evaluate import evaluate
 from training.loop import BEST
 from training.models import describe
 from training.prepare import prepare
-from training.run import build_stepper, build_trainer
 from training.transfer import plan
 
 CLASSES = 5

@@ -1,11 +1,11 @@
 import pytest
 
 from service.errors import TrainingError
+from training.assemble import build_source, build_stepper
 from training.config import Experiment
 from training.distributed import Group
 from training.finder import plot, sweep
 from training.models import describe
-from training.run import build_source, build_stepper
 
 
 def sweep_of(data, **tree):

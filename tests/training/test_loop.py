@@ -7,11 +7,11 @@ import torch
 
 from service.errors import TrainingError
 from training import checkpoint
+from training.assemble import build_stepper, build_trainer
 from training.config import Experiment
 from training.distributed import Group
 from training.loop import BEST, LAST, StoppedError
 from training.models import describe
-from training.run import build_stepper, build_trainer
 from training.transfer import plan
 
 SMALL = {"model": {"name": "lenet5", "options": {"dropout": 0.2}}, "loop": {"epochs": 3, "precision": "float32"}}

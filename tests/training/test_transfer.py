@@ -6,11 +6,11 @@ from rich.console import Console
 
 from service.errors import ConfigurationError, TrainingError
 from training import checkpoint
+from training.assemble import build_stepper, build_trainer
 from training.config import Experiment
 from training.distributed import Group
 from training.loop import BEST, StoppedError
 from training.models import create, describe
-from training.run import build_stepper, build_trainer
 from training.transfer import inherited_statistics, plan, provenance, stage_table, start_from
 
 ENTRY = describe("resnet18")

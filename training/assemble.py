@@ -1,0 +1,97 @@
+"""Putting a run's parts together: model, stepper, batches, loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from service.errors import ConfigurationError
+from training.batches import MemorySource, Source, balancing_weights
+from training.config import Experiment
+from training.distributed import Group, device
+from training.loop import Trainer
+from training.models import Architecture, LoadReport, create
+from training.optimise import peak_rate
+from training.phases import Phase
+from training.precision import Precision, fastest
+from training.prepared import Prepared
+from training.seeds import Purpose, derive
+from training.shards import ShardSource
+from training.step import Stepper, class_weights
+from training.transfer import start_from
+
+
+def build_stepper(
+    experiment: Experiment, entry: Architecture, data: Prepared, group: Group
+) -> tuple[Stepper, LoadReport | None]:
+    """The model, with weights drawn from the seed or loaded, and what updates it."""
+    torch.manual_seed(derive(experiment.loop.seed, Purpose.WEIGHTS))
+    classes, spec, where = data.dataset.classes, data.spec, device()
+    model = create(experiment.model.name, len(classes), spec.channels, **experiment.model.options)
+    model.check_input(spec.height, spec.width)
+    report = start_from(model, entry, experiment.transfer)
+    stepper = Stepper(
+        model,
+        experiment,
+        data.normalise.on(where),
+        class_weights=class_weights(data.train_labels(), len(classes))
+        if experiment.loop.balance == "weights"
+        else None,
+        device=where,
+        group=group,
+    )
+    return stepper, report
+
+
+def build_trainer(
+    experiment: Experiment, data: Prepared, stepper: Stepper, phases: Sequence[Phase], folder: Path, group: Group
+) -> Trainer:
+    """The loop around a stepper, with the precision chosen."""
+    source = build_source(experiment, data, group)
+    stepper.precision = group.from_main(lambda: _precision(experiment, stepper, source))
+    return Trainer(
+        stepper,
+        source,
+        data.examples("validation"),
+        data.normalise.on(stepper.device),
+        experiment,
+        phases=phases,
+        peak=peak_rate(experiment),
+        folder=folder,
+        identity={
+            "data": data.digest(),
+            "precision": stepper.precision,
+            "processes": group.world,
+            "threads": torch.get_num_threads(),
+        },
+        group=group,
+    )
+
+
+def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source:
+    """The training images in batches.
+
+    Raises:
+        ConfigurationError: a sampler for shards, which can only be read in their order.
+    """
+    loop, train = experiment.loop, data.examples("train")
+    if data.shards:
+        if loop.balance == "sampler":
+            raise ConfigurationError("tar shards cannot be sampled; use --balance weights")
+        options = {"buffer": experiment.data.shuffle_buffer, "workers": len(os.sched_getaffinity(0))}
+        return ShardSource(data.shards, data.spec, loop.batch_size, loop.seed, group=group, **options)
+    weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
+    return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
+
+
+def _precision(experiment: Experiment, stepper: Stepper, source: Source) -> Precision:
+    """What was asked for; `auto` measures, unless the run has to be repeatable."""
+    wanted = experiment.loop.precision
+    if wanted != "auto":
+        return wanted
+    if experiment.loop.deterministic:
+        return "float32"
+    return fastest(stepper.trial(next(iter(source.batches(0, 0)))), stepper.device)

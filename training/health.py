@@ -1,0 +1,31 @@
+"""Signs that a run is going nowhere, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from service.errors import TrainingError
+
+_STUCK = 0.99
+
+
+def check_finite(loss: float, epoch: int, step: int) -> None:
+    """Raises TrainingError if the loss is no number any more; `epoch` and `step` count from 1."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} in epoch {epoch}, near step {step}; "
+            "use a lower --learning-rate, a longer --warmup, or --clip-norm 1"
+        )
+
+
+def check_moving(history: Sequence[Mapping[str, float]], epochs: int, classes: int) -> None:
+    """Raises TrainingError if the loss of the last `epochs` epochs was that of guessing; 0 epochs: never."""
+    recent = [figures["train_loss"] for figures in history[-epochs:]] if epochs else []
+    chance = math.log(classes)
+    if recent and len(recent) == epochs and min(recent) > _STUCK * chance:
+        raise TrainingError(
+            f"the loss has stayed at {recent[-1]:.3f}, that of guessing among {classes} classes ({chance:.3f}), for "
+            f"{epochs} epochs. Try a lower --learning-rate with a longer --warmup, a network with BatchNorm (vgg16_bn "
+            "instead of vgg16), and check that the labels are right"
+        )
