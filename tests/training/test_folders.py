@@ -2,7 +2,7 @@ import pytest
 
 from service.errors import ConfigurationError
 from training.config import Experiment
-from training.folders import check_writable, latest_run, new_run, settings_of
+from training.folders import begun_run, check_writable, latest_run, new_run, settings_of
 
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path):
@@ -24,6 +24,16 @@ def test_settings_come_back_and_contradictions_are_refused(tmp_path):
 def test_nothing_to_resume_is_said_so(tmp_path):
     with pytest.raises(ConfigurationError, match="no run to resume"):
         latest_run(tmp_path / "digits")
+
+
+def test_the_newest_run_with_a_checkpoint_has_begun(tmp_path):
+    parent = tmp_path / "digits"
+    assert begun_run(parent, "last.pt") is None
+    folders = [new_run(parent, Experiment()) for _ in range(11)]
+    assert begun_run(parent, "last.pt") is None
+    for folder in folders[8:10]:
+        (folder / "last.pt").write_bytes(b"")
+    assert begun_run(parent, "last.pt") == folders[9]
 
 
 def test_a_file_in_the_way_is_said_so(tmp_path):
