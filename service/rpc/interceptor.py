@@ -12,9 +12,10 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 from grpc import aio
+from grpc_health.v1 import health
 
 from service import logs
-from service.errors import ConvoyError, EngineError, UnavailableError
+from service.errors import ConvoyError, DrainingError, EngineError, UnavailableError
 from service.metrics import Metrics
 from service.rpc import status
 
@@ -27,10 +28,48 @@ Method = Callable[[Any, Context], Awaitable[Any]]
 _log = logs.get("rpc")
 
 
+class Arrivals:
+    """When calls arrive, and whether they are still taken. Health is neither counted nor refused."""
+
+    def __init__(self) -> None:
+        self._refusing = False
+        self._one_more = asyncio.Event()
+
+    def note(self) -> None:
+        """One more call.
+
+        Raises:
+            DrainingError: none is taken any more.
+        """
+        self._one_more.set()
+        if self._refusing:
+            raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)
+
+    def refuse(self) -> None:
+        """From now on no call is taken."""
+        self._refusing = True
+
+    async def quiet(self, window_s: float, timeout_s: float) -> bool:
+        """Waits until no call has arrived for `window_s` seconds; False if that takes more than `timeout_s`."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            self._one_more.clear()
+            try:
+                await asyncio.wait_for(self._one_more.wait(), window_s)
+            except TimeoutError:
+                return True
+        return False
+
+
 class Around(aio.ServerInterceptor):
-    """Wraps unary methods. Streaming ones (reflection) pass through: they only ever answer about the API itself."""
+    """Wraps unary methods. Streaming ones (reflection) pass through: they only ever answer about the API itself.
+
+    Attributes:
+        arrivals: of calls to these methods.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
+        self.arrivals = Arrivals()
         self._metrics = metrics
         self._handlers: dict[str, Any] = {}  # by method path; only methods that exist get in
 
@@ -48,7 +87,7 @@ class Around(aio.ServerInterceptor):
         if handler is None or handler.unary_unary is None:
             return handler
         watched: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
-            _Watched(path, handler, self._metrics).handle,
+            _Watched(path, handler, self._metrics, self.arrivals).handle,
             response_serializer=handler.response_serializer,
         )
         self._handlers[path] = watched
@@ -58,8 +97,9 @@ class Around(aio.ServerInterceptor):
 class _Watched:
     """One method of the API, with everything around it."""
 
-    def __init__(self, path: str, handler: Any, metrics: Metrics) -> None:
+    def __init__(self, path: str, handler: Any, metrics: Metrics, arrivals: Arrivals) -> None:
         _, service, self._name = path.split("/", 2)
+        self._arrivals = None if service == health.SERVICE_NAME else arrivals
         self._method: Method = handler.unary_unary
         self._parse: Callable[[bytes], Any] = handler.request_deserializer
         self._labels = ("unary", service, self._name)
@@ -79,6 +119,8 @@ class _Watched:
         context.set_trailing_metadata(trailers)
         code = grpc.StatusCode.OK
         try:
+            if self._arrivals:
+                self._arrivals.note()
             return await self._method(self._parse(message), context)
         except asyncio.CancelledError:
             code = _code_of_cancellation(context)

@@ -314,7 +314,7 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
     finally:
         for engine in engines.values():
             engine.resume()
-        await listener.stop(1.0)
+        await listener.stop(0)
         await classifier.close()
         await repository.close()
         await decoder.close()

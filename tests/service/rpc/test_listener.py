@@ -175,20 +175,60 @@ async def test_silent_streams_do_not_hold_up_the_others(tmp_path):
     assert response.results[0].classification.classes[0].index == 0
 
 
-async def test_stop_waits_for_the_call_in_flight_and_refuses_new_ones(tmp_path):
+async def port_closes(port):
+    """Returns when nobody listens any more."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except ConnectionRefusedError:
+            return
+        writer.close()
+        await writer.wait_closed()
+
+
+def black():
+    return pb.ClassifyRequest(images=[toys.grey_png(0)])
+
+
+async def test_stop_closes_the_port_and_waits_for_the_call_in_flight(tmp_path):
     async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}) as stand:
         engine = stand.engines["grey"]
         engine.pause()
-        running = stand.stub.Classify(pb.ClassifyRequest(images=[toys.grey_png(255)]))
+        running = stand.stub.Classify(black())
         await engine.began()
         stopping = asyncio.create_task(stand.listener.stop(20))
-        async with aio.insecure_channel(stand.target) as late:
-            with pytest.raises(aio.AioRpcError) as caught:
-                await late.unary_unary(f"/{SERVICE}/ListModels")(b"", timeout=0.5)
+        await port_closes(stand.listener.port)
         assert not stopping.done()
         engine.resume()
         response = await running
         await stopping
 
-    assert caught.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
-    assert response.results[0].classification.classes[0].index == 9
+    assert response.results[0].classification.classes[0].index == 0
+
+
+async def test_calls_sent_before_the_stop_are_all_answered(tmp_path):
+    """grpc would cancel those that no handler has got yet; clients do not try a cancelled call again."""
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}) as stand:
+        calls = [stand.stub.Classify(black()) for _ in range(100)]
+        await calls[0]
+        await stand.listener.stop(20)
+        codes = [await call.code() for call in calls]
+
+    assert set(codes) == {grpc.StatusCode.OK}
+
+
+async def test_clients_that_never_pause_are_refused_and_do_not_hold_up_the_stop(tmp_path):
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}) as stand:
+        codes = set()
+
+        async def hammer():
+            while grpc.StatusCode.UNAVAILABLE not in codes:
+                call = stand.stub.Classify(black())
+                codes.add(await call.code())
+
+        clients = [asyncio.create_task(hammer()) for _ in range(4)]
+        await stand.stub.Classify(black())
+        await stand.listener.stop(0.8)
+        await asyncio.gather(*clients)
+
+    assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}

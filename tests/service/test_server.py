@@ -1,0 +1,268 @@
+"""The life of a server: start, ports, health, drain, end, and every way in which a start can fail."""
+
+import asyncio
+import json
+import signal
+import socket
+import urllib.request
+
+import grpc
+import pytest
+import structlog
+import toys
+from convoy.v1 import image_classifier_pb2 as pb
+from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
+from google.protobuf.message import Message
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.artifact import InputSpec, Resize
+from service.errors import ArtifactError, ConfigurationError
+
+
+def http_get(port, path):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def get(port, path):
+    return await asyncio.to_thread(http_get, port, path)
+
+
+def grey_request(*levels) -> Message:
+    return pb.ClassifyRequest(images=[toys.grey_png(level) for level in levels], top_k=1)
+
+
+def winners(response):
+    return [result.classification.classes[0].index for result in response.results]
+
+
+# --- a server in this process
+
+
+async def test_a_server_is_live_before_and_after_it_is_ready(tmp_path):
+    toys.write_version(tmp_path, classes=256)
+    async with toys.real_server(tmp_path) as server:
+        live, ready = await get(server.http_port, "/health/live"), await get(server.http_port, "/health/ready")
+        _, metrics = await get(server.http_port, "/metrics")
+        async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            state = (await health.Check(health_pb2.HealthCheckRequest(service="readiness"))).status
+            answer = await pb_grpc.ImageClassifierStub(channel).Classify(grey_request(3, 250))
+
+    assert (live[0], ready[0], state) == (200, 200, health_pb2.HealthCheckResponse.SERVING)
+    assert winners(answer) == [3, 250]
+    assert "convoy_ready 1.0" in metrics
+    assert 'convoy_model_info{digest="' in metrics
+
+
+async def test_draining_is_reported_while_calls_are_still_taken(tmp_path):
+    """Load balancers need time to notice: during the delay health says no, and calls are answered all the same."""
+    toys.write_version(tmp_path, classes=256)
+    async with (
+        toys.real_server(tmp_path, drain_delay_s=1.0) as server,
+        aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="readiness"))
+        await watch.read()
+        stopping = asyncio.create_task(server.shutdown())
+        told = (await watch.read()).status
+        status, _ = await get(server.http_port, "/health/ready")
+        live, _ = await get(server.http_port, "/health/live")
+        answer = await pb_grpc.ImageClassifierStub(channel).Classify(grey_request(9))
+        assert not stopping.done()
+        watch.cancel()
+        await stopping
+
+    assert told == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (status, live) == (503, 200)
+    assert winners(answer) == [9]
+
+
+async def test_a_drain_that_takes_too_long_cancels_the_rest_and_counts_it(tmp_path):
+    large = InputSpec(height=700, width=700, channels=1, resize=Resize(mode="stretch"))
+    toys.write_version(tmp_path, spec=large)
+    photos = pb.ClassifyRequest(images=[toys.photo_jpeg(1600, 1200, quality=40)] * 100)
+    with structlog.testing.capture_logs() as lines:
+        async with (
+            toys.real_server(tmp_path, drain_timeout_s=0.2, decode_threads=1, max_batch_size=4) as server,
+            aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            stub = pb_grpc.ImageClassifierStub(channel)
+            call = stub.Classify(photos)
+            while not (server.metrics.registry.get_sample_value("convoy_pending_images") or call.done()):
+                await stub.ListModels(pb.ListModelsRequest())
+            await server.shutdown()
+            with pytest.raises((aio.AioRpcError, asyncio.CancelledError)):
+                await call
+
+    (stopped,) = [line for line in lines if line["event"] == "stopped" and line["cancelled_images"]]
+    assert (stopped["cancelled_images"], stopped["log_level"]) == (100, "error")
+
+
+async def test_a_taken_grpc_port_does_not_start(tmp_path):
+    toys.write_version(tmp_path)
+    async with toys.real_server(tmp_path) as server:
+        with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{server.port}.*--port"):
+            async with toys.real_server(tmp_path, port=server.port):
+                pytest.fail("two servers on one port")
+        assert (await get(server.http_port, "/health/ready"))[0] == 200
+
+
+async def test_a_taken_http_port_does_not_start(tmp_path):
+    toys.write_version(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ConfigurationError, match="--http-port"):
+        async with toys.real_server(tmp_path, http_port=other.getsockname()[1]):
+            pytest.fail("two servers on one port")
+
+
+def flip_a_byte(root):
+    model = toys.write_version(root) / "model.onnx"
+    data = bytearray(model.read_bytes())
+    data[-20] ^= 1
+    model.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "settings", "error", "words"),
+    [
+        (lambda root: None, {}, ConfigurationError, "holds no model version.*convoy train"),
+        (lambda root: (root / "grey" / "1").mkdir(parents=True), {}, ConfigurationError, "holds no model version"),
+        (toys.write_version, {"models": ("nope",)}, ConfigurationError, "has no model nope; it has grey"),
+        (flip_a_byte, {}, ArtifactError, "does not match"),
+        (lambda root: toys.write_version(root, labels=("a", "b")), {}, ArtifactError, "for 2 labels"),
+        (lambda root: toys.write_version(root, canary_shift=0.2), {}, ArtifactError, "canary"),
+        (lambda root: toys.write_version(root, graph_options={"nan_at": 85}), {}, ArtifactError, "canary"),
+        (lambda root: toys.write_version(root, graph_options={"fixed_batch": True}), {}, ArtifactError, "fixed batch"),
+        (lambda root: toys.write_version(root, graph_options={"float_input": True}), {}, ArtifactError, "uint8"),
+        (lambda root: toys.write_version(root, external_data=True), {}, ArtifactError, "external"),
+    ],
+    ids=[
+        "empty",
+        "half a copy",
+        "unknown name",
+        "damaged",
+        "wrong labels",
+        "other answers",
+        "not finite",
+        "fixed batch",
+        "float input",
+        "external data",
+    ],
+)
+async def test_a_model_that_cannot_be_served_ends_the_start(tmp_path, prepare, settings, error, words):
+    prepare(tmp_path)
+
+    with pytest.raises(error, match=words) as caught:
+        async with toys.real_server(tmp_path, **settings):
+            pytest.fail("it was served")
+
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_failed_start_frees_its_ports(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(ConfigurationError):
+        async with toys.real_server(tmp_path, http_port=port):
+            pytest.fail("an empty repository was served")
+    toys.write_version(tmp_path)
+
+    async with toys.real_server(tmp_path, http_port=port) as server:
+        assert server.http_port == port
+
+
+async def test_only_the_named_models_are_served(tmp_path):
+    for name in ("a", "b", "c"):
+        toys.write_version(tmp_path, name)
+    flip_a_byte(tmp_path)  # of a model that is not asked for
+
+    async with toys.real_server(tmp_path, models=("a", "c")) as server:
+        assert [model.name for model in server.repository] == ["a", "c"]
+
+
+async def test_the_latest_version_is_served_whatever_its_number_looks_like(tmp_path):
+    for number in (2, 10, 9):
+        toys.write_version(tmp_path, number=number)
+
+    async with toys.real_server(tmp_path) as server:
+        assert [(model.name, model.number) for model in server.repository] == [("grey", 10)]
+
+
+# --- a process of its own
+
+
+@pytest.mark.parametrize("which", ["--port", "--http-port"])
+def test_a_port_in_use_ends_with_two_and_one_line(tmp_path, which):
+    toys.write_version(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = {"--port": 0, "--http-port": 0, which: other.getsockname()[1]}
+        flags = [str(part) for pair in ports.items() for part in pair]
+        code, error = toys.Process("serve", "--repository", tmp_path, *flags).ended()
+
+    assert code == 2
+    (line,) = error.splitlines()
+    assert which in line
+    assert "in use" in line
+
+
+def test_a_damaged_model_ends_with_three_and_names_the_file(tmp_path):
+    flip_a_byte(tmp_path)
+    code, error = toys.Process("serve", "--repository", tmp_path, "--port", 0, "--http-port", 0).ended()
+
+    assert code == 3
+    assert "model.onnx does not match the manifest" in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_server_starts_small_and_says_where_it_is(tmp_path):
+    toys.write_version(tmp_path)
+    with toys.serve_process(tmp_path) as (_, report):
+        assert report["models"] == ["grey/1"]
+        assert report["rss_mib"] < 250
+        assert {report["grpc"].partition(":")[0], report["http"].partition(":")[0]} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_server_with_zero(tmp_path, number):
+    toys.write_version(tmp_path)
+    with toys.serve_process(tmp_path) as (process, _):
+        process.signal(number)
+        code, log = process.ended()
+
+    assert code == 0, log
+    assert [event["event"] for event in process.events()][-1] == "stopped"
+
+
+def test_a_termination_under_load_loses_nothing_that_was_accepted(tmp_path):
+    """Each call was sent before the signal: it is answered from its own image, or was never begun."""
+    toys.write_version(tmp_path, classes=256)
+
+    async def load(target, process):
+        async with aio.insecure_channel(target) as channel:
+            stub = pb_grpc.ImageClassifierStub(channel)
+            levels = [[(17 * n + m) % 256 for m in range(8)] for n in range(150)]
+            calls = [stub.Classify(grey_request(*each), timeout=20) for each in levels]
+            await calls[5]
+            process.signal(signal.SIGTERM)
+            return levels, await asyncio.gather(*calls, return_exceptions=True)
+
+    with toys.serve_process(tmp_path) as (process, report):
+        levels, outcomes = asyncio.run(load(report["grpc"], process))
+        code, log = process.ended()
+
+    answered = [(each, outcome) for each, outcome in zip(levels, outcomes, strict=True) if isinstance(outcome, Message)]
+    refused = [outcome for outcome in outcomes if not isinstance(outcome, Message)]
+    assert code == 0, log
+    assert all(winners(outcome) == each for each, outcome in answered)
+    assert {outcome.code() for outcome in refused} <= {grpc.StatusCode.UNAVAILABLE}
+    assert "rpc failed" not in log
+    (stopped,) = [event for event in process.events() if event["event"] == "stopped"]
+    assert stopped["cancelled_images"] == 0
+    assert len(answered) >= 6
+    assert all(json.loads(line) for line in log.splitlines() if line.startswith("{"))
