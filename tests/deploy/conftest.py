@@ -71,7 +71,7 @@ class Rendered:
 
 
 @cache
-def render(folder):
+def kustomized(folder):
     done = subprocess.run(
         [find_tool("kubectl"), "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False
     )
@@ -81,25 +81,27 @@ def render(folder):
 
 
 @pytest.fixture(scope="session")
+def render():
+    """Renders a folder."""
+    return kustomized
+
+
+@pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
     """Renders `base`, an overlay, `training/<name>`, or `components/<name>` (on the base, and nothing else)."""
 
     def of(name):
-        folder = DEPLOY / name
         if not name.startswith("components/"):
-            return render(folder)
+            return kustomized(DEPLOY / name)
         alone = tmp_path_factory.getbasetemp() / name
         if not alone.is_dir():
             alone.mkdir(parents=True)
-            (alone / "kustomization.yaml").write_text(
-                yaml.safe_dump(
-                    {
-                        "resources": [os.path.relpath(DEPLOY / "base", alone)],
-                        "components": [os.path.relpath(folder, alone)],
-                    }
-                )
-            )
-        return render(alone)
+            content = {
+                "resources": [os.path.relpath(DEPLOY / "base", alone)],
+                "components": [os.path.relpath(DEPLOY / name, alone)],
+            }
+            (alone / "kustomization.yaml").write_text(yaml.safe_dump(content))
+        return kustomized(alone)
 
     return of
 

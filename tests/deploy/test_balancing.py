@@ -124,4 +124,4 @@ async def test_load_is_even_and_a_rolling_restart_fails_no_call(tool, pair, bala
         for index in (0, 1):
             await pair.restart(index, load)
         await load.leave()
-        assert load.outcomes.keys() == {"OK"}
+        assert load.outcomes.keys() == {"OK"}, load.failures

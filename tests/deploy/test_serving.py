@@ -103,7 +103,7 @@ async def test_sigterm_under_load_loses_nothing_and_only_readiness_falls(rendere
         sleep_s = pod.container["lifecycle"]["preStop"]["sleep"]["seconds"]
         code, _ = await asyncio.to_thread(pod.ended, grace_s - sleep_s)
         assert code == 0
-        assert load.outcomes.keys() == {"OK"}
+        assert load.outcomes.keys() == {"OK"}, load.failures
         assert '"cancelled_images": 0' in pod.log
 
 

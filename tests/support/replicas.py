@@ -41,17 +41,23 @@ def mapped(text, paths):
     return re.sub(known, lambda match: str(paths[match.group()]), text)
 
 
-def container_environment(container, paths, extra=None):
-    """Exactly what the manifest declares, and a PATH that finds the commands of the image."""
+def container_environment(container, paths, fields=None):
+    """Exactly what the manifest declares, and a PATH that finds the commands of the image.
+
+    `fields`: values of what is declared as a field of the pod.
+    """
     declared = {
-        variable["name"]: mapped(variable["value"], paths) for variable in container["env"] if "value" in variable
+        variable["name"]: mapped(variable["value"], paths) if "value" in variable else fields[variable["name"]]
+        for variable in container["env"]
     }
-    return {"PATH": f"{BIN}:{os.defpath}", **declared, **(extra or {})}
+    return {"PATH": f"{BIN}:{os.defpath}", **declared}
 
 
-def container_command(container, paths):
-    """The container's command and arguments."""
-    return [mapped(part, paths) for part in (*container["command"], *container.get("args", ()))]
+def container_command(container, paths, fields=None):
+    """The container's command and arguments, with `$(NAME)` filled in as Kubernetes does."""
+    parts = [*container["command"], *container.get("args", ())]
+    filled = [re.sub(r"\$\((\w+)\)", lambda match: fields[match.group(1)], part) for part in parts]
+    return [mapped(part, paths) for part in filled]
 
 
 class Replica:
@@ -63,9 +69,10 @@ class Replica:
         folder: for everything else the container mounts.
         port, http_port: 0 picks a free one.
         secrets: what stands for /etc/convoy-tls.
+        environment: in place of the manifest's, where a test cannot wait as long.
     """
 
-    def __init__(self, rendered, repository, folder, port=0, http_port=0, secrets=None):
+    def __init__(self, rendered, repository, folder, port=0, http_port=0, secrets=None, environment=None):
         self.container = rendered.container()
         self.lines = []
         self._ready = threading.Event()
@@ -80,7 +87,7 @@ class Replica:
         (paths["/etc/convoy"] / "convoy.yaml").write_text(yaml.safe_dump(settings))
         self._process = subprocess.Popen(
             container_command(self.container, paths),
-            env=container_environment(self.container, paths),
+            env=container_environment(self.container, paths) | (environment or {}),
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -170,10 +177,12 @@ class Load:
 
     Attributes:
         outcomes: calls by status code; an answer for another image counts as WRONG.
+        failures: what those that failed were told.
     """
 
     def __init__(self, channel, callers=8, images=1, timeout_s=10.0):
         self.outcomes = Counter()
+        self.failures = set()
         self._stub = pb_grpc.ImageClassifierStub(channel)
         self._callers = callers
         self._images = images
@@ -217,6 +226,7 @@ class Load:
                 outcome = "OK" if right else "WRONG"
             except aio.AioRpcError as error:
                 outcome = error.code().name
+                self.failures.add(error.details())
             async with self._answered:
                 self.outcomes[outcome] += 1
                 self._answered.notify_all()
