@@ -126,7 +126,8 @@ def answers(trained):
         pb.ClassifyRequest(model="digits", images=[file.read_bytes()], top_k=10, return_logits=True)
         for file in result.holdout
     ]
-    with toys.serve_process(repository) as (_, report), Client(report["grpc"]) as client:
+    server = toys.serve_process(repository, "--variant", "fp32")
+    with server as (_, report), Client(report["grpc"]) as client:
         outcomes = [outcome for outcome, _ in client.classify_all(requests, in_flight=16)]
     assert [outcome for outcome in outcomes if isinstance(outcome, Exception)] == []
     return [outcome.results[0].classification for outcome in outcomes]

@@ -323,13 +323,18 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
 @asynccontextmanager
 async def real_server(repository, **settings):
     """A `service.server.Server` in this process, ready, on free ports; drained at the end."""
-    chosen = {"port": 0, "http_port": 0, "drain_timeout_s": 5.0, **settings}
-    server = Server(Settings(repository=str(repository), **chosen))
+    fixed = {"port": 0, "http_port": 0, "drain_timeout_s": 5.0, "providers": ("cpu",), "cache_dir": cache(repository)}
+    server = Server(Settings(repository=str(repository), **{**fixed, **settings}))
     try:
         await server.startup()
         yield server
     finally:
         await server.shutdown()
+
+
+def cache(repository):
+    """A cache directory beside the models, so that tests write nothing at home."""
+    return Path(repository) / ".cache"
 
 
 class Process:
@@ -394,8 +399,8 @@ def environment(changes=None):
 @contextmanager
 def serve_process(repository, *flags, env=None):
     """A `convoy serve` process that is ready, on free ports. Yields it and its `ready` line; drains it at the end."""
-    ports = ("--port", "0", "--http-port", "0", "--log-format", "json")
-    process = Process("serve", "--repository", repository, *ports, *flags, env=env)
+    fixed = ("--port", "0", "--http-port", "0", "--log-format", "json", "--providers", "cpu")
+    process = Process("serve", "--repository", repository, *fixed, "--cache-dir", cache(repository), *flags, env=env)
     try:
         report = process.ready()
         assert report, f"the server did not start: {process.ended()}"

@@ -1,0 +1,141 @@
+"""Which version answers, what is said of those that do not, and what a start makes of the files it finds."""
+
+from contextlib import asynccontextmanager
+
+import pytest
+import toys
+
+from service import serving
+from service.errors import ConfigurationError, ModelNotReadyError, NotFoundError
+from service.metrics import Metrics
+from service.repository import Repository, Routing
+from service.sources import LocalSource
+
+
+@asynccontextmanager
+async def opened(root, **options):
+    """A repository with toy engines, not loaded yet."""
+    metrics = Metrics()
+
+    def load(path):
+        return serving.load(
+            path,
+            lambda version: [toys.ToyEngine(len(version.manifest.classes))],
+            metrics.model,
+            window_s=0.0,
+            codel_target_s=0.0,
+            on_device_lost=pytest.fail,
+        )
+
+    repository = Repository(LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
+    repository.registry = metrics.registry
+    try:
+        yield repository
+    finally:
+        await repository.close()
+
+
+@pytest.fixture
+def root(tmp_path):
+    for number in (1, 2, 10):
+        toys.write_version(tmp_path, "grey", number)
+    toys.write_version(tmp_path, "other")
+    return tmp_path
+
+
+def served(repository):
+    return [(model.name, model.number) for model in repository]
+
+
+async def test_the_latest_of_every_model_is_served(root):
+    async with opened(root) as repository:
+        await repository.load_all()
+
+        assert served(repository) == [("grey", 10), ("other", 1)]
+        assert repository.get("grey").number == repository.get("grey", 10).number == 10
+
+
+async def test_before_the_end_of_loading_nothing_is_unknown_yet(root):
+    async with opened(root) as repository:
+        with pytest.raises(ModelNotReadyError) as caught:
+            repository.get("grey")
+
+    assert caught.value.retry_after_ms
+
+
+async def test_what_is_not_there_is_not_found_and_what_is_there_is_named(root):
+    async with opened(root) as repository:
+        await repository.load_all()
+
+        with pytest.raises(NotFoundError, match="'nope'.*grey, other"):
+            repository.get("nope")
+        with pytest.raises(NotFoundError, match="no version 2; served are: 10"):
+            repository.get("grey", 2)
+
+
+async def test_no_name_is_enough_only_where_there_is_one_model(root):
+    async with opened(root) as repository:
+        await repository.load_all()
+        with pytest.raises(NotFoundError):
+            repository.get("")
+    async with opened(root, names=("other",)) as repository:
+        await repository.load_all()
+
+        assert repository.get("").name == "other"
+
+
+async def test_a_routing_may_keep_several_versions(root):
+    async with opened(root, routings={"grey": Routing(versions="latest:2")}) as repository:
+        await repository.load_all()
+
+        assert served(repository) == [("grey", 2), ("grey", 10), ("other", 1)]
+        assert repository.get("grey", 2).number == 2
+        assert repository.get("grey").number == 10
+
+
+async def test_a_directory_that_is_another_model_is_refused(root):
+    (root / "other").rename(root / "renamed")
+
+    async with opened(root) as repository:
+        with pytest.raises(Exception, match=r"the manifest says model other, the directory says renamed"):
+            await repository.load_all()
+
+
+async def test_staging_and_strangers_are_no_models(root):
+    (root / ".hidden" / "1").mkdir(parents=True)
+    (root / "empty").mkdir()
+    (root / "notes.txt").write_text("x")
+    (root / "grey" / ".11.writing-abc").mkdir()
+    (root / "grey" / "11").mkdir()  # a copy that has not got its manifest yet
+
+    async with opened(root) as repository:
+        await repository.load_all()
+
+        assert served(repository) == [("grey", 10), ("other", 1)]
+
+
+async def test_a_missing_directory_says_how_to_get_one(tmp_path):
+    async with opened(tmp_path / "nowhere") as repository:
+        with pytest.raises(ConfigurationError, match=r"nowhere does not exist.*convoy train"):
+            await repository.load_all()
+
+
+async def test_loading_is_measured_and_failures_are_counted(root):
+    model = root / "other" / "1" / "model.onnx"
+    model.write_bytes(b"damaged")
+    async with opened(root) as repository:
+        with pytest.raises(Exception, match="does not match"):
+            await repository.load_all()
+        value = repository.registry.get_sample_value
+
+        assert value("convoy_model_load_seconds", {"model": "grey", "version": "10"}) > 0
+        assert value("convoy_canary_ok", {"model": "grey", "version": "10"}) == 1
+        assert value("convoy_model_load_failures_total", {"model": "other"}) == 1
+
+
+async def test_close_releases_every_engine(root):
+    async with opened(root) as repository:
+        await repository.load_all()
+        engines = [model.engine for model in repository]
+
+    assert [engine.closed for engine in engines] == [True, True]
