@@ -67,7 +67,7 @@ async def test_what_is_not_there_is_not_found_and_what_is_there_is_named(root):
     async with opened(root) as repository:
         await repository.load_all()
 
-        with pytest.raises(NotFoundError, match="'nope'.*grey, other"):
+        with pytest.raises(NotFoundError, match=r"'nope'.*grey, other"):
             repository.get("nope")
         with pytest.raises(NotFoundError, match="no version 2; served are: 10"):
             repository.get("grey", 2)
