@@ -82,7 +82,7 @@ def main() -> NoReturn:
     """Entry point: runs a command, and turns what went wrong into one line and an exit code."""
     try:
         # Outside standalone mode click returns what a command passed to Context.exit; otherwise commands return None.
-        returned = cli.main(standalone_mode=False)
+        returned = cli.main(prog_name="convoy", standalone_mode=False)
         code: int = returned if isinstance(returned, int) else Exit.OK
     except click.exceptions.Exit as finished:
         code = finished.exit_code

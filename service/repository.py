@@ -154,11 +154,12 @@ class Repository:
             ConfigurationError: the source is empty, or a named model is missing.
             ConvoyError: a version cannot be served.
         """
-        present = await self._present()
-        if missing := sorted(set(self._names) - set(present)):
+        everything = await self._present(everything=True)
+        if missing := sorted(set(self._names) - set(everything)):
             raise ConfigurationError(
-                f"the repository has no model {', '.join(missing)}; it has {', '.join(sorted(present)) or 'none'}"
+                f"the repository has no model {', '.join(missing)}; it has {', '.join(sorted(everything)) or 'none'}"
             )
+        present = {name: everything[name] for name in self._names or everything}
         if not present:
             raise ConfigurationError(
                 "the repository holds no model version; expected <repository>/<model>/<number>/manifest.json. "

@@ -25,7 +25,7 @@ from service.preprocess import Limits
 from service.repository import Repository, Routing
 from service.rpc.admin import Admin
 from service.rpc.credentials import TlsFiles
-from service.rpc.listener import AdminListener, Listener, Options
+from service.rpc.listener import AdminListener, Listener, Options, host_port
 from service.rpc.servicer import ImageClassifier
 from service.selection import Selector
 from service.serving import ServedModel
@@ -238,9 +238,9 @@ class Server:
 
     def _announce(self) -> None:
         settings = self._settings
-        places = {"grpc": f"{settings.host}:{self.port}", "http": f"{settings.host}:{self.http_port}"}
+        places = {"grpc": host_port(settings.host, self.port), "http": host_port(settings.host, self.http_port)}
         if self._admin is not None:
-            places["admin"] = f"{settings.admin_host}:{self.admin_port}"
+            places["admin"] = host_port(settings.admin_host, self.admin_port)
         _log.info(
             "ready",
             **places,

@@ -7,6 +7,7 @@ this class; everything else receives plain values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 from yaml import YAMLError
@@ -270,5 +272,9 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
             for e in error.errors()
         )
         raise ConfigurationError(f"wrong settings: {faults}") from error
+    except SettingsError as error:  # a table or a list in an environment variable that is no JSON
+        variable = re.search(r'for field "(\w+)" from source "EnvSettingsSource"', str(error))
+        where = f"the environment variable CONVOY_{variable[1].upper()}" if variable else "the environment"
+        raise ConfigurationError(f"{where} cannot be read; tables are written as JSON there: {error}") from error
     except (YAMLError, TypeError, ValueError) as error:
         raise ConfigurationError(f"the settings file {config} cannot be read: {error}") from error

@@ -149,7 +149,7 @@ class AdminListener:
 
 
 def _bind(server: aio.Server, host: str, port: int, flags: str, tls: grpc.ServerCredentials | None = None) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = host_port(host, port)
     try:
         # grpc says only that it failed, and writes lines of its own to stderr; the system says why.
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
@@ -159,3 +159,8 @@ def _bind(server: aio.Server, host: str, port: int, flags: str, tls: grpc.Server
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(f"cannot listen on {address} ({reason}); choose another with {flags}") from None
+
+
+def host_port(host: str, port: int) -> str:
+    """An address as gRPC, URLs and people write it; IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
