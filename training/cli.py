@@ -64,11 +64,13 @@ def train(
     """Train on DATA and export a model version.
 
     DATA holds one folder of images per class; or train, val and test folders of such; or it is a CSV or Parquet file
-    with columns path, label and perhaps split. Without a split of its own a stratified part is held out. Broken files
-    are reported and left out, the best epoch is kept, checked and exported to ONNX.
+    with columns path, label and perhaps split; or tar shards in the WebDataset layout. Without a split of its own a
+    stratified part is held out. Broken files are reported and left out, the best epoch is kept, checked and exported
+    to ONNX.
 
     SIGTERM and Ctrl-C write a checkpoint first; --resume ends with the weights of a run that was never interrupted.
-    Several processes: torchrun --nproc-per-node 2 -m service train DATA ...
+    Several processes: torchrun --nproc-per-node 2 --max-restarts 3 -m service train DATA ...; if one of them is lost,
+    torchrun starts them again, and they go on from the last checkpoint.
 
     \b
     Examples:
@@ -79,6 +81,7 @@ def train(
     require_extra()
     from training.config import find_experiment, load_experiment
     from training.display import console_of_process
+    from training.distributed import restarted
     from training.folders import begun_run, latest_run, settings_of
     from training.interrupt import InterruptedRunError
     from training.loop import LAST
@@ -90,7 +93,7 @@ def train(
     file = find_experiment(config) if config else None
     experiment = load_experiment(file, overrides)
     folder = latest_run(runs / experiment.name) if resume else None
-    if resume_if_any and not resume:
+    if (resume_if_any or restarted()) and not resume:
         folder = begun_run(runs / experiment.name, LAST)
     if folder:
         experiment = settings_of(folder, overrides)

@@ -99,7 +99,7 @@ def joined() -> Iterator[Group]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(backend, timeout=_TIMEOUT)
+    distributed.init_process_group(backend, timeout=_TIMEOUT, **_meeting_point())
     try:
         yield Group(distributed.get_rank(), world)
     finally:
@@ -108,7 +108,25 @@ def joined() -> Iterator[Group]:
 
 def restarted() -> bool:
     """Whether `torchrun` has started these processes again after one of them was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _attempt() > 0
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Where the processes exchange addresses: `torchrun`'s store, with a section of its own for each attempt.
+
+    Without that, processes that were started again find addresses of the lost ones about every second time, and fail
+    with "connection refused" (PyTorch 2.13, gloo).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(address, port, world, is_master=False, timeout=_TIMEOUT)
+    return {"store": distributed.PrefixStore(f"attempt_{_attempt()}", store), "rank": rank, "world_size": world}
 
 
 def device() -> torch.device:

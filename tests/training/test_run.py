@@ -120,6 +120,50 @@ def test_a_killed_run_resumes_to_identical_weights(finished, digit_folder, tmp_p
     assert result.evaluation.accuracy == whole.evaluation.accuracy
 
 
+# What torchrun starts: `convoy train`, of which the second process dies once, in the third epoch.
+FRAGILE = """
+import os, signal, sys
+import training.display
+from training.cli import train
+from training.display import TrainingView
+
+class Fragile(TrainingView):
+    steps = 0
+    def step(self, images, loss):
+        Fragile.steps += 1
+        if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and Fragile.steps == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+training.display.TrainingView = Fragile
+train()
+"""
+
+
+def test_processes_that_are_started_again_go_on_from_the_checkpoint(finished, digit_folder, tmp_path):
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    (tmp_path / "experiment.yaml").write_text(Experiment.model_validate(TREE).model_dump_json())
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    options = ["--config", str(tmp_path / "experiment.yaml")]
+    options += ["--repository", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(tmp_path / "fragile.py"), str(digit_folder), *options],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote ") == 1  # one process speaks, and exports
+    folder = tmp_path / "runs" / "digits" / "1"
+    assert not (tmp_path / "runs" / "digits" / "2").exists()
+    state, whole = checkpoint.load(folder / "last.pt"), finished[0]
+    assert state["progress"]["epoch"] == 4
+    alone = checkpoint.load(whole.folder / "last.pt")["progress"]["history"]
+    for mine, theirs in zip(state["progress"]["history"], alone, strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+
+
 def test_what_would_fail_at_the_end_fails_at_the_start(digit_folder, tmp_path):
     (tmp_path / "file").write_text("")
     experiment = Experiment.model_validate(TREE)
