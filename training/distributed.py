@@ -125,8 +125,10 @@ def _meeting_point() -> dict[str, Any]:
         return {}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = distributed.TCPStore(address, port, world, is_master=False, timeout=_TIMEOUT)
-    return {"store": distributed.PrefixStore(f"attempt_{_attempt()}", store), "rank": rank, "world_size": world}
+    # PyTorch documents both stores, but its typing does not export them.
+    store = distributed.TCPStore(address, port, world, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    section = distributed.PrefixStore(f"attempt_{_attempt()}", store)  # type: ignore[attr-defined]
+    return {"store": section, "rank": rank, "world_size": world}
 
 
 def device() -> torch.device:
