@@ -141,11 +141,21 @@ def test_two_nodes_train_together_and_the_running_service_takes_what_they_publis
         assert [code for code, _ in ends] == [0, 0], ends
         assert volumes.runs() == ["1"]
 
-        deadline = time.monotonic() + 30
-        while (reply := stub.Classify(request, timeout=10)).version != 2:
-            assert time.monotonic() < deadline, pod.log
+        reply = served(stub, request, 2)
         (best,) = reply.results[0].classification.classes
         assert best.label == "3"
+
+        # As docs/deploy.md rolls back.
+        (repository / "digits" / "2").rename(repository / "digits" / ".withdrawn-2")
+        served(stub, request, 1)
+
+
+def served(stub, request, version):
+    """Waits until a version answers; every call until then is answered as well."""
+    deadline = time.monotonic() + 30
+    while (reply := stub.Classify(request, timeout=10)).version != version:
+        assert time.monotonic() < deadline, f"version {version} is not served"
+    return reply
 
 
 def test_a_suffix_makes_another_training_whose_pods_find_each_other(render, tmp_path):
