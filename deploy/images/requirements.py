@@ -1,7 +1,7 @@
 """What an image installs: the requirements of pyproject.toml, for one purpose, each pinned by constraints.txt.
 
 `requirements.py [--extra NAME]... [--cpu]` prints them; `--cpu` takes the CPU build of ONNX Runtime, a tenth in size.
-`requirements.py --check` fails if what is installed beside this Python is not what is pinned.
+`requirements.py --check [--allow PREFIX]...` fails if what is installed beside this Python is not what is pinned.
 """
 
 import argparse
@@ -47,12 +47,12 @@ def requirements(project: dict[str, Any], pinned: dict[str, str], extras: list[s
     return [f"{name}=={version}" for name, version in lines.items()]
 
 
-def strays(pinned: dict[str, str]) -> list[str]:
-    """What is installed here and not pinned to its version."""
+def strays(pinned: dict[str, str], prefixes: tuple[str, ...]) -> list[str]:
+    """What is installed here, not pinned to its version, and not of one of the prefixes."""
     found = {canonical(item.name): item.version for item in metadata.distributions()}
     allowed = {**pinned, _CPU: pinned[_GPU]}
     loose = [name for name, version in found.items() if allowed.get(name) != version and name not in _UNPINNED]
-    return sorted(f"{name}=={found[name]}" for name in loose)
+    return sorted(f"{name}=={found[name]}" for name in loose if not name.startswith(prefixes))
 
 
 def main() -> None:
@@ -61,10 +61,11 @@ def main() -> None:
     parser.add_argument("--extra", action="append", default=[])
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--allow", action="append", default=[])
     given = parser.parse_args()
     pinned = pins(Path("constraints.txt").read_text(encoding="utf-8"))
     if given.check:
-        if loose := strays(pinned):
+        if loose := strays(pinned, tuple(given.allow)):
             sys.exit(f"installed, and not what constraints.txt pins: {', '.join(loose)}")
         return
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
