@@ -157,13 +157,15 @@ class Repository:
         everything = await self._present(everything=True)
         if missing := sorted(set(self._names) - set(everything)):
             raise ConfigurationError(
-                f"the repository has no model {', '.join(missing)}; it has {', '.join(sorted(everything)) or 'none'}"
+                f"the repository {self._source.location} has no model {', '.join(missing)}; it has "
+                f"{', '.join(sorted(everything)) or 'none'}"
             )
         present = {name: everything[name] for name in self._names or everything}
         if not present:
             raise ConfigurationError(
-                "the repository holds no model version; expected <repository>/<model>/<number>/manifest.json. "
-                "Train one with `convoy train DATA --repository REPOSITORY --name NAME`"
+                f"the repository {self._source.location} holds no model version; expected "
+                f"{self._source.location}/<model>/<number>/manifest.json. Train one with "
+                f"`convoy train DATA --repository {self._source.location} --name NAME`"
             )
         for name, numbers in sorted(present.items()):
             if not self._routing_for(name).needed(numbers):

@@ -20,6 +20,10 @@ Fingerprint = tuple[tuple[str, int, int], ...]
 class Source(Protocol):
     """A place with model versions. All methods block: call them off the event loop."""
 
+    @property
+    def location(self) -> str:
+        """The place, as the operator named it."""
+
     def models(self) -> dict[str, list[int]]:
         """Version numbers of every model, ascending; models without a version are left out.
 
@@ -51,6 +55,7 @@ class LocalSource:
     """
 
     def __init__(self, root: Path) -> None:
+        self.location = str(root)
         self._root = root
 
     def models(self) -> dict[str, list[int]]:
@@ -100,6 +105,7 @@ class RemoteSource:
     """
 
     def __init__(self, url: str, cache: Path) -> None:
+        self.location = url
         self._url = url
         self._mirror = cache / "mirror" / "".join(c if c.isalnum() else "_" for c in url)
         self._filesystem, self._root = _open(url)
