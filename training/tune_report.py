@@ -89,15 +89,19 @@ def _plots(
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     importances = _importances(study, done)
     found = [("History", "Every trial in the order it began; the line is the best so far.",
-              _svg(lambda axes: _history(axes, trials, objective), 9, 3.2))]  # fmt: skip
+              _svg(lambda axes: _history(axes[0, 0], trials, objective), 9, 3.2))]  # fmt: skip
     if importances:
         text = "Share of each setting in the variance between trials (fANOVA); rough while there are few."
-        found.append(("Importance", text, _svg(lambda a: _bars(a, importances), 9, 0.7 + 0.36 * len(importances))))
+        found.append(
+            ("Importance", text, _svg(lambda a: _bars(a[0, 0], importances), 9, 0.7 + 0.36 * len(importances)))
+        )
     varied = [key for key in keys if len({repr(trial.params.get(key)) for trial in done}) > 1]
     if varied:
         found.append(("Slices", "The figure over each setting; darker is later.", _slices(done, varied, objective)))
         text = "One line per trial, the darker the better; the best one is orange."
-        found.append(("Parallel coordinates", text, _svg(lambda a: _parallel(a, done, varied, best, objective), 9, 4)))
+        found.append(
+            ("Parallel coordinates", text, _svg(lambda a: _parallel(a[0, 0], done, varied, best, objective), 9, 4))
+        )
     return found
 
 
@@ -207,7 +211,7 @@ def _spread(column: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float, rows: int = 1, columns: int = 1) -> str:
-    """Base64 of an SVG picture; sizes in inches."""
+    """Base64 of an SVG picture; sizes in inches. `draw` gets the axes as an array [rows, columns]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -216,7 +220,7 @@ def _svg(draw: Callable[[Any], None], width: float, height: float, rows: int = 1
         one.spines[["top", "right"]].set_visible(False)
         one.grid(color="0.92")
         one.set_axisbelow(True)
-    draw(axes if rows * columns > 1 else axes[0, 0])
+    draw(axes)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     return base64.b64encode(buffer.getvalue().encode()).decode("ascii")
