@@ -40,7 +40,7 @@ _PAGE = """<!doctype html>
 <img alt="{{ title }}" src="data:image/svg+xml;base64,{{ picture }}">
 {% endfor %}
 <h2>Trials</h2>
-<table><tr><th>trial</th><th>outcome</th>{% for key in keys %}<th>{{ key }}</th>{% endfor %}</tr>
+<table><tr><th>trial</th><th>outcome</th>{% for key in keys %}<th>{{ key.split('.')[-1] }}</th>{% endfor %}</tr>
 {% for best, cells in rows %}<tr{% if best %} class="best"{% endif %}>
 {%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
@@ -186,7 +186,7 @@ def _parallel(axes: Any, done: Sequence[FrozenTrial], keys: Sequence[str], best:
         colour = _ORANGE if winner else colormaps["Blues"](0.25 + 0.7 * goodness[row])
         axes.plot(lines[row], color=colour, linewidth=2.5 if winner else 1, zorder=3 if winner else 2)
     for place, (name, low, high) in enumerate(labels):
-        axes.axvline(place, color="0.6", linewidth=0.8)
+        axes.vlines(place, 0, 1, color="0.6", linewidth=0.8)
         for text, height, side in ((high, 1.03, "bottom"), (low, -0.03, "top"), (name, -0.12, "top")):
             axes.text(place, height, text, ha="center", va=side, fontsize=9, weight="bold" if text == name else None)
     axes.set_axis_off()
