@@ -12,6 +12,7 @@ import torch
 
 from service.artifact import Weights
 from service.errors import ConfigurationError
+from training import checkpoint
 from training.assemble import build_source, build_stepper, build_trainer
 from training.batches import Examples
 from training.calibrate import fit_temperature
@@ -24,7 +25,7 @@ from training.finder import plot, sweep
 from training.folders import check_writable, new_run
 from training.interrupt import InterruptedRunError, held_back
 from training.journal import Journal
-from training.loop import StoppedError, Trainer
+from training.loop import LAST, StoppedError, Trainer
 from training.models import describe
 from training.prepare import prepare
 from training.prepared import Prepared
@@ -76,6 +77,8 @@ def run(
         TrainingError: training or the checks of the export failed.
         InterruptedRunError: SIGTERM or Ctrl-C; the checkpoint is written.
     """
+    if resume:
+        experiment = _as_begun(experiment, resume)
     entry = describe(experiment.model.name)
     phases = plan(experiment, entry)
     if not experiment.data.validation and not experiment.data.test:
@@ -171,6 +174,16 @@ def repeatable(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def _as_begun(experiment: Experiment, folder: Path) -> Experiment:
+    """What the run's beginning measured holds to its end, wherever it goes on: precision and threads."""
+    begun, loop = checkpoint.load(folder / LAST)["identity"], experiment.loop
+    measured = {
+        **({"precision": begun["precision"]} if loop.precision == "auto" else {}),
+        **({} if loop.threads else {"threads": begun["threads"]}),
+    }
+    return experiment.model_copy(update={"loop": loop.model_copy(update=measured)})
 
 
 def _introduce(display: Display, experiment: Experiment, source: Path, data: Prepared) -> None:

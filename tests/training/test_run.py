@@ -120,6 +120,22 @@ def test_a_killed_run_resumes_to_identical_weights(finished, digit_folder, tmp_p
     assert result.evaluation.accuracy == whole.evaluation.accuracy
 
 
+def test_a_resumed_run_keeps_the_precision_that_was_measured_at_its_beginning(digit_folder, tmp_path):
+    """Measured again, perhaps on another node, it could come out otherwise."""
+    tree = {**TREE, "loop": {**TREE["loop"], "epochs": 1, "deterministic": False, "precision": "bfloat16"}}
+    first = run(Experiment.model_validate(tree), digit_folder, tmp_path / "models", tmp_path / "runs", display())
+    tree["loop"].update(epochs=2, precision="auto")
+    second = run(
+        Experiment.model_validate(tree),
+        digit_folder,
+        tmp_path / "models",
+        tmp_path / "runs",
+        display(),
+        resume=first.folder,
+    )
+    assert checkpoint.load(second.folder / "last.pt")["identity"]["precision"] == "bfloat16"
+
+
 # What torchrun starts: `convoy train`, of which the second process dies once, in the third epoch.
 FRAGILE = """
 import os, signal, sys

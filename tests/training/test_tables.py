@@ -1,4 +1,4 @@
-import pyarrow
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
@@ -20,7 +20,7 @@ def test_reads_csv_with_splits_and_other_columns(tmp_path):
 
 def test_reads_parquet_with_number_labels(tmp_path):
     table = tmp_path / "images.parquet"
-    parquet.write_table(pyarrow.table({"path": ["1.png", "2.png"], "label": [7, 3]}), table)
+    parquet.write_table(pa.table({"path": ["1.png", "2.png"], "label": [7, 3]}), table)
     listing = list_images(table)
     assert listing.classes == ("3", "7")
     assert listing.labels.tolist() == [1, 0]
