@@ -7,6 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +16,7 @@ import grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 
+from service.errors import ConfigurationError
 from service.exits import ServerRefusedError, ServerUnreachableError
 
 _UNLIMITED = -1
@@ -29,6 +32,27 @@ _SERVICE_CONFIG = """{
 }"""
 
 
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files: the authority that signed the server's certificate, and the client's own pair for mutual TLS."""
+
+    ca: Path
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What a channel needs.
+
+        Raises:
+            ConfigurationError: a file cannot be read.
+        """
+        try:
+            ca, key, chain = (path.read_bytes() if path else None for path in (self.ca, self.key, self.certificate))
+        except OSError as error:
+            raise ConfigurationError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return grpc.ssl_channel_credentials(ca, key, chain)
+
+
 class Client:
     """A connection to a server. Use it in a `with` block.
 
@@ -36,22 +60,25 @@ class Client:
         target: `host:port`, or any gRPC target such as `dns:///convoy-headless:8500`.
         timeout_s: deadline of each call; the server schedules by it.
         connect_timeout_s: longest wait for the connection.
+        tls: files for TLS; None speaks plain text.
 
     Raises:
         ServerUnreachableError: on entering the `with` block, if nothing answers in time.
     """
 
-    def __init__(self, target: str, timeout_s: float = 30.0, connect_timeout_s: float = 3.0) -> None:
+    def __init__(
+        self, target: str, timeout_s: float = 30.0, connect_timeout_s: float = 3.0, tls: TlsFiles | None = None
+    ) -> None:
         self._target = target
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._channel = grpc.insecure_channel(
-            target,
-            options=[
-                ("grpc.max_send_message_length", _UNLIMITED),
-                ("grpc.max_receive_message_length", _UNLIMITED),
-                ("grpc.service_config", _SERVICE_CONFIG),
-            ],
+        options = [
+            ("grpc.max_send_message_length", _UNLIMITED),
+            ("grpc.max_receive_message_length", _UNLIMITED),
+            ("grpc.service_config", _SERVICE_CONFIG),
+        ]
+        self._channel = (
+            grpc.secure_channel(target, tls.credentials(), options) if tls else grpc.insecure_channel(target, options)
         )
         self._stub = pb_grpc.ImageClassifierStub(self._channel)
 
@@ -62,7 +89,8 @@ class Client:
         except grpc.FutureTimeoutError:
             self._channel.close()
             raise ServerUnreachableError(
-                f"no server answers at {self._target}; start one with `convoy serve`, or name another with --server"
+                f"no server answers at {self._target}; start one with `convoy serve`, or name another with --server "
+                "(and --tls-ca if it speaks TLS)"
             ) from None
         except BaseException:  # Ctrl-C: an open channel would hold up the end of the process
             self._channel.close()

@@ -17,7 +17,7 @@ from service.exits import PartialError
 if TYPE_CHECKING:
     from convoy.v1 import image_classifier_pb2 as pb
 
-    from service.client import Client
+    from service.client import Client, TlsFiles
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 _REQUEST_BYTES = 8 << 20
@@ -34,15 +34,18 @@ _REQUEST_IMAGES = 16
     "--min-score", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Leave out classes below this."
 )
 @options.timeout
+@options.tls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each image, on a line of its own.")
 def classify(
     images: Sequence[str],
+    *,
     server: str,
     model: str,
     version: int | None,
     top_k: int,
     min_score: float,
     timeout_s: float,
+    tls: TlsFiles | None,
     as_json: bool,
 ) -> None:
     """Classify images with a running server.
@@ -61,7 +64,7 @@ def classify(
 
     files = list(_files(images))
     failed = answered = 0
-    with Client(server, timeout_s) as client:
+    with Client(server, timeout_s, tls=tls) as client:
         for batch in _batches(files):
             request = pb.ClassifyRequest(
                 model=model, version=version, images=[data for _, data in batch], top_k=top_k, min_score=min_score

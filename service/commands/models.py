@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from service.commands import options
 
+if TYPE_CHECKING:
+    from service.client import TlsFiles
+
 
 @click.command()
 @options.server
 @options.timeout
+@options.tls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each version.")
-def models(server: str, timeout_s: float, as_json: bool) -> None:
+def models(server: str, timeout_s: float, tls: TlsFiles | None, as_json: bool) -> None:
     """List what a running server serves."""
     from convoy.v1 import image_classifier_pb2 as pb
     from google.protobuf.json_format import MessageToDict
@@ -22,7 +27,7 @@ def models(server: str, timeout_s: float, as_json: bool) -> None:
 
     from service.client import Client
 
-    with Client(server, timeout_s) as client:
+    with Client(server, timeout_s, tls=tls) as client:
         found = client.models()
     if as_json:
         for summary in found:

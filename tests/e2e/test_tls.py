@@ -1,0 +1,57 @@
+"""Mutual TLS from the command line to the service and back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import toys
+import trustme
+
+
+@pytest.fixture
+def pem(tmp_path):
+    """Files of an authority, a server for localhost and a client."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name in ("localhost", "client"):
+        certificate = authority.issue_cert(name)
+        (tmp_path / f"{name}.crt").write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
+        certificate.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+    return tmp_path
+
+
+def convoy(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "service", *map(str, arguments)],
+        cwd=toys.ROOT,
+        env=toys.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_classify_over_mutual_tls(pem):
+    toys.write_version(pem / "models")
+    (pem / "white.png").write_bytes(toys.grey_png(255))
+    server = ("--tls-certificate", pem / "localhost.crt", "--tls-key", pem / "localhost.key")
+    own = ("--tls-certificate", pem / "client.crt", "--tls-key", pem / "client.key")
+    with toys.serve_process(pem / "models", *server, "--tls-client-ca", pem / "ca.pem") as (_, report):
+        address = f"localhost:{report['grpc'].rpartition(':')[2]}"
+        request = ("classify", pem / "white.png", "--server", address, "--json")
+        answered = convoy(*request, "--tls-ca", pem / "ca.pem", *own)
+        assert answered.returncode == 0, answered.stderr
+        assert json.loads(answered.stdout)["classes"][0]["index"] == 9
+        for flags in ((), ("--tls-ca", pem / "ca.pem")):
+            refused = convoy(*request, *flags)
+            assert refused.returncode == 4
+            assert "--tls-ca" in refused.stderr
+
+
+def test_half_a_pair_is_a_usage_error(pem):
+    for flags in (("--tls-certificate", pem / "client.crt"), ("--tls-ca", pem / "ca.pem", "--tls-key", pem / "x")):
+        refused = convoy("models", *flags)
+        assert refused.returncode == 2
+        assert "--tls-key" in refused.stderr
