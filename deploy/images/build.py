@@ -76,7 +76,8 @@ def make_base() -> str:
 def pip_volumes() -> list[str]:
     """This machine's pip configuration (a mirror, its certificates, local wheels), for the build and not the image."""
     configured = output(sys.executable, "-m", "pip", "config", "list")
-    places = {Path("/etc/pip.conf"), Path("/etc/ssl/certs"), Path("/usr/local/share/ca-certificates")}
+    places = {Path("/etc/pip.conf"), Path.home() / ".config" / "pip" / "pip.conf"}
+    places |= {Path("/etc/ssl/certs"), Path("/usr/local/share/ca-certificates")}
     places |= {Path(path) for path in re.findall(r"'(/[^\s']+)", configured)}
     # An index in a directory links to files that lie beside it.
     places |= {Path(path).parent for path in re.findall(r"file://(/[^\s']+)", configured)}

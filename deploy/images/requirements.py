@@ -49,7 +49,8 @@ def requirements(project: dict[str, Any], pinned: dict[str, str], extras: list[s
 
 def strays(pinned: dict[str, str], prefixes: tuple[str, ...]) -> list[str]:
     """What is installed here, not pinned to its version, and not of one of the prefixes."""
-    found = {canonical(item.name): item.version for item in metadata.distributions()}
+    # A local version (2.13.0+cpu) is another build of the same release, and satisfies the pin for pip as well.
+    found = {canonical(item.name): item.version.partition("+")[0] for item in metadata.distributions()}
     allowed = {**pinned, _CPU: pinned[_GPU]}
     loose = [name for name, version in found.items() if allowed.get(name) != version and name not in _UNPINNED]
     return sorted(f"{name}=={found[name]}" for name in loose if not name.startswith(prefixes))

@@ -16,7 +16,7 @@ RUN python3 -m venv /opt/convoy || { \
 # PyTorch is the build that the index offers: the CUDA one brings NVIDIA's libraries along, in versions that it chooses.
 # Dependencies first: they change seldom, and they are nearly all of the image. Wheels only: nothing is compiled.
 COPY constraints.txt pyproject.toml deploy/images/requirements.py ./
-RUN /opt/convoy/bin/python requirements.py --cpu --extra training --extra openvino > requirements.txt \
+RUN /opt/convoy/bin/python requirements.py --cpu --extra training --extra postgres --extra openvino > requirements.txt \
     && /opt/convoy/bin/pip install --no-cache-dir --only-binary :all: \
          --constraint constraints.txt --requirement requirements.txt \
     && /opt/convoy/bin/python requirements.py --check --allow nvidia- --allow cuda- --allow triton

@@ -2,8 +2,10 @@
 
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,11 @@ class Volumes:
         write_digits(self.paths["/data"])
         (self.paths["/etc/convoy"] / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
 
-    def start(self, manifests, index=None, endpoint=None):
+    def start(self, manifests, index=None, endpoint=None, name="convoy-train", **secrets):
         """A pod of the job, as a process; its index and the address of the first one where there are several."""
-        job = manifests.one("Job", "convoy-train")
+        job = manifests.one("Job", name)
         (container,) = job["spec"]["template"]["spec"]["containers"]
-        name = job["metadata"]["name"]
-        fields = {"JOB_NAME": name, "POD_IP": "127.0.0.1"}
+        fields = {"JOB_NAME": name, "POD_IP": "127.0.0.1", **secrets}
         paths = self.paths | {f"{name}-0.{name}:29400": endpoint}
         environment = container_environment(container, paths, fields) | {"OMP_NUM_THREADS": "1"}
         if index is not None:
@@ -189,3 +190,22 @@ def test_the_checkpoint_has_its_time_before_the_pod_is_killed(rendered):
     pod = rendered("training/indexed-job").one("Job", "convoy-train")["spec"]["template"]["spec"]
     (given,) = argument(pod, "--shutdown-timeout")
     assert int(given) < pod["terminationGracePeriodSeconds"]
+
+
+def test_two_workers_of_the_tuning_job_share_one_study(rendered, tmp_path):
+    volumes = Volumes(tmp_path)
+    space = {"optimiser.learning_rate": {"low": 0.001, "high": 0.01, "log": True}}
+    experiment = {**EXPERIMENT, "loop": EXPERIMENT["loop"] | {"epochs": 1}, "tune": {"trials": 4, "space": space}}
+    (volumes.paths["/etc/convoy"] / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    # In place of PostgreSQL, on which training's own tests run the same.
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    manifests = rendered("training/tune")
+    workers = [volumes.start(manifests, name="convoy-tune", CONVOY_TUNE_STORAGE=storage) for _ in range(2)]
+    ends = [finished(worker) for worker in workers]
+    assert [code for code, _ in ends] == [0, 0], ends
+    with closing(sqlite3.connect(tmp_path / "study.db")) as database:
+        assert database.execute("select study_name from studies").fetchall() == [("convoy-tune",)]
+        assert database.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0] >= 1
+        assert database.execute("select count(*) from trials").fetchone() == (4,)
+    (result,) = (volumes.paths["/runs"] / "convoy-tune").rglob("convoy-tune.yaml")
+    assert yaml.safe_load(result.read_text())["model"]["name"] == "lenet5"
