@@ -39,7 +39,8 @@ def benchmark_model(folder: Path, name: str) -> Path:
     if version.is_dir():
         return version
     torch.manual_seed(0)
-    model, entry = create(name).eval(), describe(name)
+    entry = describe(name)
+    model = create(name, in_channels=entry.input.channels).eval()
     paths = sorted(photo_folder(folder).glob("*.jpg"))
     pixels = np.stack([preprocess(path.read_bytes(), entry.input) for path in paths])
     trained = Trained(
