@@ -58,7 +58,7 @@ accuracy: $(DEV) ## 5-fold accuracy of the demo's recipe on the digits
 proto: $(DEV) ## generate the stubs from the .proto files
 	@$(BIN)/python protos/generate.py
 
--include deploy/images.mk
+include deploy/images.mk
 
 .PHONY: clean
 clean: ## remove the environment and everything that was made
