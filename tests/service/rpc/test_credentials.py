@@ -1,5 +1,5 @@
 import asyncio
-import datetime
+import datetime as dt
 import os
 import ssl
 import time
@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from service.errors import ConfigurationError
 from service.rpc.credentials import Certificates, TlsFiles, check
 
-DAY = datetime.timedelta(days=1)
+DAY = dt.timedelta(days=1)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_renewed_certificate_is_handed_out_once(files, authority, tmp_path):
     ends = []
     certificates = Certificates(files, ends.append)
     assert certificates.renewed() is None  # nothing has changed yet
-    later = datetime.datetime.now(datetime.UTC) + 90 * DAY
+    later = dt.datetime.now(dt.UTC) + 90 * DAY
     write(tmp_path, authority.issue_cert("localhost", not_after=later))
     assert certificates.renewed() is not None
     assert certificates.renewed() is None
@@ -127,7 +127,7 @@ async def test_a_renewal_that_does_not_serve_leaves_the_old_one(serve, files, au
     elif damage == "gone":
         files.certificate.unlink()
     else:
-        write(tmp_path, authority.issue_cert("localhost", not_after=datetime.datetime.now(datetime.UTC) - DAY))
+        write(tmp_path, authority.issue_cert("localhost", not_after=dt.datetime.now(dt.UTC) - DAY))
     assert certificates.renewed() is None
     assert await ask(address, trusting(authority))
     write(tmp_path, authority.issue_cert("localhost"))  # a good one afterwards is taken
@@ -153,7 +153,7 @@ def test_the_start_fails_with_a_sentence(files, authority, damage, says):
 
 
 def test_an_expired_certificate_does_not_start(tmp_path, authority):
-    past = datetime.datetime.now(datetime.UTC) - DAY
+    past = dt.datetime.now(dt.UTC) - DAY
     files = write(tmp_path, authority.issue_cert("localhost", not_after=past))
     with pytest.raises(ConfigurationError, match="expired"):
         Certificates(files, lambda _: None)
