@@ -12,9 +12,7 @@ SPEC = InputSpec(height=16, width=16, channels=1)
 
 def mapped(folder, parent, spec=SPEC):
     done = []
-    dataset, faults = read_mapped(
-        list_images(folder), spec, parent, min_side_pixels=4, workers=2, advance=done.append
-    )
+    dataset, faults = read_mapped(list_images(folder), spec, parent, min_side_pixels=4, workers=2, advance=done.append)
     return dataset, faults, sum(done)
 
 
