@@ -129,6 +129,17 @@ class OneByOne:
         """Nothing was forecast."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch(Generic[P, R]):
+    """A batch that ran, or failed; times are monotonic seconds."""
+
+    taken: Taken[Job[P, R]]
+    results: Sequence[R]
+    error: ConvoyError | None
+    began: float
+    ended: float
+
+
 class Batcher(Generic[P, R]):
     """A queue and the threads that own the executors.
 
@@ -137,6 +148,8 @@ class Batcher(Generic[P, R]):
             order. It is called on its own thread only.
         sizes: how large a batch is, and how long it takes.
         name: for thread names.
+        in_turn: run on the event loop itself, at the end of a turn, with what that turn submitted: for work so short
+            that waking a thread and being woken by it takes longer. Uses the first executor only.
         window_s: how long an executor waits for a fuller batch after the first image came; 0 never waits.
         codel: sheds from a standing queue; None never sheds.
         observer: receives counts and times.
@@ -149,11 +162,13 @@ class Batcher(Generic[P, R]):
         *,
         sizes: Sizes,
         name: str,
+        in_turn: bool = False,
         window_s: float = 0.0,
         codel: CoDel | None = None,
         observer: Observer | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
+        self._in_turn = runs[0] if in_turn else None
         self._sizes = sizes
         self._window_s = window_s
         self._codel = codel
@@ -167,7 +182,7 @@ class Batcher(Generic[P, R]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = [
             threading.Thread(target=self._own, args=(run,), name=f"{name}-{number}", daemon=True)
-            for number, run in enumerate(runs)
+            for number, run in enumerate(() if in_turn else runs)
         ]
 
     def start(self) -> None:
@@ -220,20 +235,31 @@ class Batcher(Generic[P, R]):
         await asyncio.gather(*(asyncio.to_thread(thread.join) for thread in self._threads if thread.ident))
 
     def _notify(self) -> None:
-        """Wakes an owner, once for all jobs of this turn of the loop.
+        """Wakes an owner, once for all jobs of this turn of the loop; or runs them here, `in_turn`.
 
         Waking it for each would part what belongs together, and make two threads fight for the interpreter's lock.
         """
         self._notifying = False
+        if self._in_turn is not None:
+            self._run_here(self._in_turn)
+            return
         with self._wake:
             self._wake.notify()
+
+    def _run_here(self, run: Run[P, R]) -> None:
+        with self._wake:
+            taken = self._close_batch()
+        self._deliver(self._ran(run, taken)) if taken.parts else self._drop(taken)
+        if len(self._queue) and not self._notifying:  # the rest after what else the loop has to do
+            self._notifying = True
+            self._call(self._notify)
 
     # --- on the owner threads
 
     def _own(self, run: Run[P, R]) -> None:
         while (taken := self._take()) is not None:
             if taken.parts:
-                self._run(run, taken)
+                self._call(self._deliver, self._ran(run, taken))
             else:
                 self._call(self._drop, taken)
 
@@ -246,21 +272,26 @@ class Batcher(Generic[P, R]):
                 self._wake.wait_for(lambda: self._closed or self._queue.images >= self._sizes.largest, self._window_s)
             if self._closed:
                 return None
-            images = self._sizes.best_batch(max(1, self._queue.images))
-            now = self._clock()
-            taken = self._queue.take(images, now + self._sizes.cautious_s(images), self._shedder(now))
-            if not taken.parts and any(job.deadline >= now for job in taken.expired):
-                self._sizes.doubt(images)
-            self._running += taken.images
+            taken = self._close_batch()
             if len(self._queue):
                 self._wake.notify()  # a notify that reached a busy thread must not be lost
             return taken
+
+    def _close_batch(self) -> Taken[Job[P, R]]:
+        """Takes what runs next. Under the lock."""
+        images = self._sizes.best_batch(max(1, self._queue.images))
+        now = self._clock()
+        taken = self._queue.take(images, now + self._sizes.cautious_s(images), self._shedder(now))
+        if not taken.parts and any(job.deadline >= now for job in taken.expired):
+            self._sizes.doubt(images)
+        self._running += taken.images
+        return taken
 
     def _shedder(self, now: float) -> Callable[[Job[P, R]], bool] | None:
         codel = self._codel
         return None if codel is None else lambda job: codel.sheds(now - job.submitted, now)
 
-    def _run(self, run: Run[P, R], taken: Taken[Job[P, R]]) -> None:
+    def _ran(self, run: Run[P, R], taken: Taken[Job[P, R]]) -> _Batch[P, R]:
         began = self._clock()
         images = taken.images
         error: ConvoyError | None = None
@@ -281,7 +312,7 @@ class Batcher(Generic[P, R]):
             if error is None:  # how soon a batch failed says nothing of how long it takes
                 self._sizes.observe(images, ended - began)
         self._observer.batch(images, ended - began)
-        self._call(self._deliver, taken, results, error, began, ended)
+        return _Batch(taken, results, error, began, ended)
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         loop = self._loop
@@ -290,30 +321,23 @@ class Batcher(Generic[P, R]):
 
     # --- on the event loop
 
-    def _deliver(
-        self,
-        taken: Taken[Job[P, R]],
-        results: Sequence[R],
-        error: ConvoyError | None,
-        began: float,
-        ended: float,
-    ) -> None:
+    def _deliver(self, batch: _Batch[P, R]) -> None:
         late = 0
-        for number, part in enumerate(taken.parts):
+        for number, part in enumerate(batch.taken.parts):
             job = part.job
-            job.queue_s = max(job.queue_s, began - job.submitted)
-            job.run_s = max(job.run_s, ended - began)
-            if error is not None:
-                self._fail(job, error)
+            job.queue_s = max(job.queue_s, batch.began - job.submitted)
+            job.run_s = max(job.run_s, batch.ended - batch.began)
+            if batch.error is not None:
+                self._fail(job, batch.error)
                 continue
-            job.results.append((part.start, results[number]))
+            job.results.append((part.start, batch.results[number]))
             job.finished += part.stop - part.start
             if job.finished == job.size and not job.future.done():
-                late += ended > job.deadline
+                late += batch.ended > job.deadline
                 job.future.set_result(job)
         if late:
             self._observer.late(late)
-        self._drop(taken)
+        self._drop(batch.taken)
 
     def _drop(self, taken: Taken[Job[P, R]]) -> None:
         for job in taken.expired:

@@ -111,9 +111,19 @@ def load(
     *,
     window_s: float,
     codel_target_s: float,
+    in_turn_s: float,
     on_device_lost: Callable[[DeviceLostError], None],
 ) -> tuple[ServedModel, float]:
     """Verifies, builds, warms up and checks one version. Blocking: call it off the event loop.
+
+    Args:
+        path: the version's directory.
+        build: makes the engines.
+        observer: makes the observer of a model's batches, by name.
+        window_s: see `Batcher`.
+        codel_target_s: waiting time that a standing queue may have, at least; 0 never sheds.
+        in_turn_s: a model that classifies one image in less runs on the event loop itself.
+        on_device_lost: told when a device is gone for good.
 
     Returns:
         The version, and its canary's largest difference.
@@ -123,7 +133,7 @@ def load(
     """
     began = time.monotonic()
     version = artifact.load(path)
-    engines = build(version)
+    engines = list(build(version))
     try:
         difference = max(canary.check(version, engine) for engine in engines)
     except BaseException:
@@ -132,11 +142,15 @@ def load(
         raise
     buckets = engines[0].buckets
     table = LatencyTable(buckets, engines[0].measured_s)
+    in_turn = table.mean_s(1) < in_turn_s
+    while in_turn and len(engines) > 1:
+        engines.pop().close()
     target_s = max(codel_target_s, _CODEL_BATCHES * table.mean_s(buckets[-1]))
     batcher: ModelBatcher = Batcher(
         [_runner(engine, on_device_lost) for engine in engines],
         sizes=table,
         name=f"infer-{version.manifest.name}",
+        in_turn=in_turn,
         window_s=window_s,
         codel=CoDel(target_s, max(0.1, target_s)) if codel_target_s else None,
         observer=observer(version.manifest.name),

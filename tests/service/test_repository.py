@@ -24,6 +24,7 @@ async def opened(root, **options):
             metrics.model,
             window_s=0.0,
             codel_target_s=0.0,
+            in_turn_s=0.0,
             on_device_lost=pytest.fail,
         )
 

@@ -292,6 +292,7 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
             metrics.model,
             window_s=0.0,
             codel_target_s=0.0,
+            in_turn_s=0.0,
             on_device_lost=lost.append,
         )
 

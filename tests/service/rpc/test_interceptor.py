@@ -162,6 +162,8 @@ async def test_a_client_that_hangs_up_is_counted_as_cancelled(stand):
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
+    # Only when the server has heard of it may the batch end: otherwise the answer can overtake the cancellation.
+    await eventually(lambda: handled(stand, Cancelled=1))
     engine.resume()
     await stand.stub.Classify(request(8))
 
