@@ -58,7 +58,14 @@ class _Model:
     served: dict[int, ServedModel] = field(default_factory=dict)
     seen: dict[int, Fingerprint] = field(default_factory=dict)  # of each version at its last load, good or bad
     failed: dict[int, str] = field(default_factory=dict)
+    by_hand: dict[int, bool] = field(default_factory=dict)  # versions that an operator loaded (True) or unloaded
     unloaded: bool = False
+
+    def needed(self, present: list[int]) -> list[int]:
+        """Versions that have to be in service: the routing's, changed by what was done by hand."""
+        wanted = {number for number in present if self.by_hand.get(number, False)}
+        refused = {number for number, loaded in self.by_hand.items() if not loaded}
+        return sorted({*self.routing.needed(present), *wanted} - refused)
 
 
 class Repository:
@@ -195,7 +202,8 @@ class Repository:
 
         Args:
             name: name of the model.
-            number: one version; it is served beside the others until the model is loaded without a number.
+            number: one version; it is served beside the others. Without it, what was loaded or unloaded by version
+                before is forgotten, and the model's policy decides again.
 
         Raises:
             NotFoundError: the source has no such model or version.
@@ -205,12 +213,14 @@ class Repository:
         if not present or (number is not None and number not in present):
             raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
         model = self._model(name)
-        model.unloaded = False
         if number is not None:
             async with self._changing:
                 await self._replace(name, number, force=True)
+            model.by_hand[number] = True
         else:
+            model.by_hand.clear()
             await self._settle(name, present, strict=True, force=True)
+        model.unloaded = False
 
     async def unload(self, name: str, number: int | None = None) -> None:
         """Takes a model, or one version of it, out of service; polling does not bring it back, `load` does.
@@ -225,6 +235,7 @@ class Repository:
             numbers = list(model.served) if number is None else [number]
             model.unloaded = model.unloaded or set(numbers) == set(model.served)
             for each in numbers:
+                model.by_hand[each] = False
                 self._retire(name, each)
                 model.seen.pop(each, None)
 
@@ -251,6 +262,7 @@ class Repository:
             self._models[name].routing = before
             raise
         self._models[name].routing = routing
+        self._models[name].by_hand.clear()
         await self._settle(name, present, strict=False)
 
     async def check_canaries(self) -> None:
@@ -324,7 +336,7 @@ class Repository:
         """Loads what the routing needs and retires the rest, once at least one needed version is served."""
         async with self._changing:
             model = self._model(name)
-            needed = model.routing.needed(present)
+            needed = model.needed(present)
             for number in needed:
                 try:
                     await self._replace(name, number, force=force)

@@ -166,13 +166,15 @@ class Server:
 
     def _load_version(self, path: Path) -> tuple[ServedModel, float]:
         settings = self._settings
+        # Who sets executors or a window wants threads.
+        threaded = settings.wishes(path.parent.name).executors or settings.batch_window_ms
         return serving.load(
             path,
             self._build_engines,
             self.metrics.model,
             window_s=settings.batch_window_ms / 1000,
             codel_target_s=settings.codel_target_ms / 1000,
-            in_turn_s=0.0 if settings.executors else _IN_TURN_S,
+            in_turn_s=0.0 if threaded else _IN_TURN_S,
             on_device_lost=self._lose_device,
         )
 

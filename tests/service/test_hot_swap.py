@@ -176,6 +176,22 @@ async def test_unload_and_load_by_hand(repository):
             assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_versions_loaded_and_unloaded_by_hand_survive_polling(repository):
+    write_version(repository, "grey", 2)
+    async with Around(repository) as ends:
+        poll = ends.server.repository.poll
+        await ends.admin.LoadModel(admin_pb2.LoadModelRequest(model="grey", version=1))
+        await poll()
+        assert await ends.served() == [1, 2]
+        await ends.admin.UnloadModel(admin_pb2.UnloadModelRequest(model="grey", version=2))
+        await poll()
+        assert await ends.served() == [1]
+        assert (await ends.classify()).version == 1
+        await ends.admin.LoadModel(admin_pb2.LoadModelRequest(model="grey"))
+        await poll()
+        assert await ends.served() == [2]
+
+
 async def test_an_unloaded_version_finishes_what_it_began(repository):
     async with Around(repository) as ends:
         calls = [asyncio.create_task(ends.classify(grey_png(level % 256))) for level in range(64)]
