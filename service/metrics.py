@@ -76,10 +76,12 @@ class Metrics:
         self.pending_bytes_limit = Gauge(
             "convoy_pending_bytes_limit", "Most bytes that may be pending.", registry=registry
         )
-        self.shed = Counter("convoy_shed", "Requests refused: images, bytes, draining.", ("reason",), registry=registry)
+        self.shed = Counter("convoy_shed", f"Requests refused: {', '.join(SHED)}.", ("reason",), registry=registry)
+        for reason in SHED:  # from the start: a series born with its first count shows no increase
+            self.shed.labels(reason)
         self.dropped = Counter(
             "convoy_dropped",
-            "Requests taken out of a queue before they ran: expired, abandoned.",
+            "Requests taken out of a queue before they ran: expired, abandoned, shed.",
             ("stage", "reason"),
             registry=registry,
         )

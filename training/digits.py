@@ -8,8 +8,6 @@ import numpy as np
 from PIL import Image
 
 # Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998), CC BY 4.0.
-LICENCE = "CC-BY-4.0"
-IMAGES = 1797
 
 _BRIGHTEST = 16
 

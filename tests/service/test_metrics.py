@@ -82,3 +82,10 @@ def test_batches_are_observed_by_model(metrics):
     assert value("convoy_batch_size_sum", {"model": "grey"}) == 8
     assert value("convoy_batch_size_bucket", {"model": "grey", "le": "4.0"}) == 0
     assert value("convoy_batch_duration_seconds_sum", {"model": "grey"}) == 0.02
+
+
+def test_every_reason_to_refuse_has_a_series_from_the_start(metrics):
+    reasons = ("images", "bytes", "deadline", "codel", "draining", "not_ready")
+    value = metrics.registry.get_sample_value
+
+    assert [value("convoy_shed_total", {"reason": reason}) for reason in reasons] == [0.0] * len(reasons)
