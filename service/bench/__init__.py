@@ -16,6 +16,7 @@ from service.exits import Exit
 if TYPE_CHECKING:
     from service.bench.load import Level, Plan
     from service.bench.summary import Summary
+    from service.client import TlsFiles
 
 _DEFAULT_CONCURRENCY = (1.0, 4.0, 16.0)
 
@@ -63,6 +64,7 @@ def _svg(_: click.Context, __: click.Parameter, value: Path | None) -> Path | No
 @click.command()
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="[IMAGE]...")
 @options.server
+@options.tls
 @click.option("--model", default="", help="Name of the model. May be left out if the server has only one.")
 @click.option("--version", type=click.IntRange(min=1), help="Version of the model.  [default: the latest]")
 @click.option("--synthetic", type=_Size(), metavar="WxH", help="Make up photo-like JPEGs instead of IMAGE.")
@@ -118,14 +120,13 @@ def bench(ctx: click.Context, /, **flags: Any) -> None:
     levels = _levels(flags["concurrency"], flags["rate"])
     requests = _requests(flags)
     plan = Plan(flags["deadline_ms"] / 1e3, flags["warmup"], flags["duration"], flags["count"], flags["seed"])
-    summaries, interrupted = uvloop.run(_measure(flags["server"], requests, levels, plan, flags["connections"]))
+    summaries, interrupted = uvloop.run(
+        _measure(flags["server"], flags["tls"], requests, levels, plan, flags["connections"])
+    )
     if summaries:
         report.show(summaries)
         if flags["json_file"]:
-            shown = {key: str(v) if isinstance(v, Path) else v for key, v in flags.items() if key != "images"}
-            report.write_json(
-                flags["json_file"], summaries, shown | {"images": [str(path) for path in flags["images"]]}
-            )
+            report.write_json(flags["json_file"], summaries, _shown(flags))
         if flags["plot_file"]:
             plot.write_svg(flags["plot_file"], summaries, f"convoy bench, {flags['server']}")
     if interrupted:
@@ -155,8 +156,19 @@ def _requests(flags: dict[str, Any]) -> list[bytes]:
     return images.requests(found, flags["images_per_request"], flags["model"], flags["version"], flags["top_k"])
 
 
+def _shown(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags as the results record them; of TLS only whether it was spoken."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+    return plain | {"images": [str(path) for path in flags["images"]], "tls": flags["tls"] is not None}
+
+
 async def _measure(
-    target: str, requests: Sequence[bytes], levels: Sequence[Level], plan: Plan, connections: int
+    target: str,
+    tls: TlsFiles | None,
+    requests: Sequence[bytes],
+    levels: Sequence[Level],
+    plan: Plan,
+    connections: int,
 ) -> tuple[list[Summary], bool]:
     """Runs the levels one after the other; the summaries, and whether Ctrl-C cut them short."""
     import signal
@@ -167,7 +179,7 @@ async def _measure(
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     summaries = []
-    async with sender(target, requests, plan.deadline_s, connections) as send:
+    async with sender(target, requests, plan.deadline_s, connections, tls=tls) as send:
         loop.add_signal_handler(signal.SIGINT, stopped.set)
         try:
             for level in levels:

@@ -22,6 +22,7 @@ import grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from grpc import aio
 
+from service.client import TlsFiles
 from service.exits import ServerRefusedError, ServerUnreachableError
 
 _CLASSIFY = "/convoy.v1.ImageClassifier/Classify"
@@ -99,10 +100,12 @@ async def sender(
     deadline_s: float,
     connections: int = 1,
     connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+    tls: TlsFiles | None = None,
 ) -> AsyncIterator[Send]:
     """Connects, tries one request, and gives a function that sends the next one with an intended time.
 
     Raises:
+        ConfigurationError: a file of `tls` cannot be read.
         ServerUnreachableError: nothing answers at the address.
         ServerRefusedError: the server refuses the request for a reason that more of them would not change.
     """
@@ -113,7 +116,7 @@ async def sender(
         ("grpc.enable_retries", 0),
     ]
     async with contextlib.AsyncExitStack() as stack:
-        channels = [await stack.enter_async_context(aio.insecure_channel(target, options)) for _ in range(connections)]
+        channels = [await stack.enter_async_context(_channel(target, options, tls)) for _ in range(connections)]
         await asyncio.gather(*(_connect(channel, target, connect_timeout_s) for channel in channels))
         calls: list[_Call] = [
             channel.unary_unary(_CLASSIFY, response_deserializer=pb.ClassifyResponse.FromString) for channel in channels
@@ -126,6 +129,12 @@ async def sender(
             return await _send(call, request, intended_s, deadline_s)
 
         yield send
+
+
+def _channel(target: str, options: Sequence[tuple[str, int]], tls: TlsFiles | None) -> aio.Channel:
+    if tls is None:
+        return aio.insecure_channel(target, options)
+    return aio.secure_channel(target, tls.credentials(), options)
 
 
 async def measure(send: Send, level: Level, plan: Plan, stopped: asyncio.Event) -> Measurement:
@@ -213,7 +222,8 @@ async def _connect(channel: aio.Channel, target: str, timeout_s: float) -> None:
         await asyncio.wait_for(channel.channel_ready(), timeout_s)
     except TimeoutError:
         raise ServerUnreachableError(
-            f"no server answers at {target}; start one with `convoy serve`, or name another with --server"
+            f"no server answers at {target}; start one with `convoy serve`, or name another with --server "
+            "(and --tls-ca if it speaks TLS)"
         ) from None
 
 

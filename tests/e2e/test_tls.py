@@ -50,8 +50,28 @@ def test_classify_over_mutual_tls(pem):
             assert "--tls-ca" in refused.stderr
 
 
+def test_bench_over_mutual_tls(pem):
+    toys.write_version(pem / "models")
+    (pem / "white.png").write_bytes(toys.grey_png(255))
+    server = ("--tls-certificate", pem / "localhost.crt", "--tls-key", pem / "localhost.key")
+    own = ("--tls-certificate", pem / "client.crt", "--tls-key", pem / "client.key")
+    with toys.serve_process(pem / "models", *server, "--tls-client-ca", pem / "ca.pem") as (_, report):
+        address = f"localhost:{report['grpc'].rpartition(':')[2]}"
+        load = ("bench", pem / "white.png", "--server", address, "--concurrency", "2", "--warmup", "0")
+        few = (*load, "--requests", "20", "--connections", "2", "--json", pem / "results.json")
+        measured = convoy(*few, "--tls-ca", pem / "ca.pem", *own)
+        assert measured.returncode == 0, measured.stderr
+        results = json.loads((pem / "results.json").read_text())
+        assert results["settings"]["tls"] is True
+        assert (results["levels"][0]["sent"], results["levels"][0]["failures"]) == (20, {})
+        refused = convoy(*load, "--tls-ca", pem / "ca.pem")
+        assert refused.returncode == 4
+        assert "--tls-ca" in refused.stderr
+
+
 def test_half_a_pair_is_a_usage_error(pem):
     for flags in (("--tls-certificate", pem / "client.crt"), ("--tls-ca", pem / "ca.pem", "--tls-key", pem / "x")):
-        refused = convoy("models", *flags)
-        assert refused.returncode == 2
-        assert "--tls-key" in refused.stderr
+        for command in (("models",), ("bench", "--synthetic", "8x8")):
+            refused = convoy(*command, *flags)
+            assert refused.returncode == 2
+            assert "--tls-key" in refused.stderr

@@ -59,6 +59,7 @@ def test_a_sweep_prints_its_table_and_writes_json_and_picture(server, image, tmp
     content = json.loads(results.read_text())
     assert [level["sent"] for level in content["levels"]] == [20, 20]
     assert content["settings"]["images"] == [image]
+    assert content["settings"]["tls"] is False
     assert picture.read_text().startswith("<svg")
 
 
