@@ -20,7 +20,7 @@ import psutil
 
 from service.artifact import InputSpec
 from service.errors import DataError
-from training.data import Listing
+from training.listing import Listing
 from training.read import Dataset, Fault, read_images
 
 _PIXELS, _DIGESTS, _USABLE, _FAULTS = "pixels.npy", "digests.npy", "usable.npy", "faults.json"

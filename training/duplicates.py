@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.data import SPLIT_NAMES, UNDECIDED
+from training.listing import SPLIT_NAMES, UNDECIDED
 from training.read import Dataset, Fault
 
 

@@ -13,10 +13,11 @@ from service.artifact import InputSpec, Resize
 from service.errors import ConfigurationError
 from training import cache
 from training.config import Experiment, InputConfig
-from training.data import TEST, VALIDATION, Listing, list_images
+from training.data import list_images
 from training.display import Display
 from training.distributed import Group
 from training.duplicates import find_duplicates
+from training.listing import TEST, VALIDATION, Listing
 from training.models import Architecture
 from training.pixels import Normaliser, channel_statistics
 from training.prepared import Prepared

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
 from service.preprocess import preprocess
-from training.data import Listing
+from training.listing import Listing
 
 _CHUNK = 32
 _GRAYSCALE_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})

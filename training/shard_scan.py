@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
 from service.preprocess import preprocess
-from training.data import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
+from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
 from training.read import Fault
 from training.shards import Sample, ShardSet, find_shards, part_of, read_shard

@@ -24,9 +24,9 @@ from service.artifact import InputSpec
 from service.errors import DataError
 from service.preprocess import preprocess
 from training.batches import Batch, ahead, batch_starts
-from training.data import SPLIT_ALIASES, TRAIN, is_image
 from training.distributed import Group
 from training.draws import draws
+from training.listing import SPLIT_ALIASES, TRAIN, is_image
 from training.seeds import Purpose, derive
 
 _LABEL_SUFFIX = ".cls"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DataError
-from training.data import SPLIT_NAMES, TEST, TRAIN, UNDECIDED, VALIDATION, Listing
+from training.listing import SPLIT_NAMES, TEST, TRAIN, UNDECIDED, VALIDATION, Listing
 
 
 @dataclass(frozen=True)

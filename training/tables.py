@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ConfigurationError, DataError
-from training.data import SPLIT_ALIASES, UNDECIDED, Entry, Listing, listing_of
+from training.listing import SPLIT_ALIASES, UNDECIDED, Entry, Listing, listing_of
 
 _PATH, _LABEL, _SPLIT = "path", "label", "split"
 

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from service.artifact import InputSpec, Weights
-from training.data import Listing
+from training.listing import Listing
 from training.pixels import Normaliser, channel_statistics
 from training.prepared import Prepared
 from training.read import Dataset

@@ -1,7 +1,8 @@
 import pytest
 
 from service.errors import DataError
-from training.data import TEST, TRAIN, UNDECIDED, VALIDATION, list_images
+from training.data import list_images
+from training.listing import TEST, TRAIN, UNDECIDED, VALIDATION
 
 
 def make(root, *names):

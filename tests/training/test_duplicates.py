@@ -1,7 +1,7 @@
 import numpy as np
 
-from training.data import TEST, TRAIN, UNDECIDED, VALIDATION, Entry, listing_of
 from training.duplicates import find_duplicates
+from training.listing import TEST, TRAIN, UNDECIDED, VALIDATION, Entry, listing_of
 from training.read import Dataset
 
 

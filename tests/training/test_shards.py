@@ -12,9 +12,9 @@ from service.artifact import InputSpec
 from service.errors import ConfigurationError, DataError
 from service.preprocess import preprocess
 from training.config import Experiment
-from training.data import TEST, TRAIN, VALIDATION
 from training.display import Display
 from training.distributed import Group
+from training.listing import TEST, TRAIN, VALIDATION
 from training.run import run
 from training.shard_scan import scan
 from training.shards import ShardSource, find_shards, is_sharded, part_of, read_shard

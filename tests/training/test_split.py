@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import DataError
-from training.data import TEST, TRAIN, UNDECIDED, VALIDATION, Entry, list_images, listing_of
+from training.data import list_images
+from training.listing import TEST, TRAIN, UNDECIDED, VALIDATION, Entry, listing_of
 from training.split import make_split, stratified_split, write_split
 
 

@@ -3,7 +3,8 @@ import pytest
 from pyarrow import parquet
 
 from service.errors import DataError
-from training.data import TEST, TRAIN, UNDECIDED, VALIDATION, list_images
+from training.data import list_images
+from training.listing import TEST, TRAIN, UNDECIDED, VALIDATION
 
 
 def test_reads_csv_with_splits_and_other_columns(tmp_path):
