@@ -226,10 +226,6 @@ class Architecture:
             return self.input
         return InputSpec(height=_SMALL, width=_SMALL, channels=self.input.channels, resize=Resize(shorter_side=_SMALL))
 
-    def stage_of(self, name: str) -> int | None:
-        """Index into `stages` of a state-dict name; None for auxiliary heads."""
-        return next((index for index, stage in enumerate(self.stages) if within(name, stage)), None)
-
     def normalization(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation for an input of `channels`; averages if they are not the default channels."""
         if channels == self.channels:
