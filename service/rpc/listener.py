@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from service.errors import ConfigurationError
 from service.metrics import Metrics
+from service.rpc import acceptor
 from service.rpc.admin import Admin
 from service.rpc.credentials import Certificates, TlsFiles
 from service.rpc.interceptor import Around
@@ -63,7 +64,7 @@ class Listener:
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         around = Around(metrics)
         self._arrivals = around.arrivals
-        self._server = aio.server(interceptors=[around], options=_channel_options(options))
+        self._server = acceptor.server([around], _channel_options(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -129,7 +130,7 @@ class AdminListener:
 
     def __init__(self, host: str, port: int, servicer: Admin, metrics: Metrics) -> None:
         self._host, self._port = host, port
-        self._server = aio.server(interceptors=[Around(metrics)], options=[("grpc.so_reuseport", 0)])
+        self._server = acceptor.server([Around(metrics)], [("grpc.so_reuseport", 0)])
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, self._server)
         reflection.enable_server_reflection((ADMIN_SERVICE, reflection.SERVICE_NAME), self._server)
         self.port = 0
