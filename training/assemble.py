@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from training.loop import Trainer
 from training.models import Architecture, LoadReport, create
 from training.optimise import peak_rate
 from training.phases import Phase
+from training.pixels import unit_range
 from training.precision import Precision, fastest
 from training.prepared import Prepared
 from training.seeds import Purpose, derive
 from training.shards import ShardSource
 from training.step import Stepper, class_weights
 from training.transfer import start_from
+
+_ADAPTATION_IMAGES = 512
 
 
 def build_stepper(
@@ -31,8 +35,9 @@ def build_stepper(
     torch.manual_seed(derive(experiment.loop.seed, Purpose.WEIGHTS))
     classes, spec, where = data.dataset.classes, data.spec, device()
     model = create(experiment.model.name, len(classes), spec.channels, **experiment.model.options)
-    model.check_input(spec.height, spec.width)
     report = start_from(model, entry, experiment.transfer)
+    if report is None and model.adapts:
+        model.adapt_to(data.normalise(unit_range(torch.from_numpy(data.calibration(_ADAPTATION_IMAGES)))))
     stepper = Stepper(
         model,
         experiment,
@@ -44,6 +49,27 @@ def build_stepper(
         group=group,
     )
     return stepper, report
+
+
+def check_model(experiment: Experiment, entry: Architecture) -> None:
+    """Finds out before images are read, and without memory for a network, whether it can be built and started from.
+
+    Raises:
+        ConfigurationError: an option that the architecture lacks, or images that are too small for it.
+        TrainingError: the weights cannot be read or belong to another architecture.
+    """
+    with torch.device("meta"):
+        model = create(entry.name, 2, experiment.input.channels or entry.channels, **experiment.model.options)
+    for key in ("size", "train_size"):
+        size = getattr(experiment.input, key)
+        if size is not None:
+            try:
+                model.check_input(size, size)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"input.{key}: {error}") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no-op")  # PyTorch's: nothing is copied into an outline
+        start_from(model, entry, experiment.transfer)
 
 
 def build_trainer(
@@ -82,7 +108,7 @@ def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source
         if loop.balance == "sampler":
             raise ConfigurationError("tar shards cannot be sampled; use --balance weights")
         options = {"buffer": experiment.data.shuffle_buffer, "workers": len(os.sched_getaffinity(0))}
-        return ShardSource(data.shards, data.spec, loop.batch_size, loop.seed, group=group, **options)
+        return ShardSource(data.shards, data.batch_spec, loop.batch_size, loop.seed, group=group, **options)
     weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
     return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
 

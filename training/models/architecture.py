@@ -113,13 +113,22 @@ class Classifier(nn.Module):
     Attributes:
         config: what it was built from.
         aux_weight: weight of each auxiliary head's loss; 0 for models without such heads.
+        adapts: whether `adapt_to` does anything.
     """
 
     aux_weight: ClassVar[float] = 0.0
+    adapts: ClassVar[bool] = False
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+
+    def adapt_to(self, images: Tensor) -> None:
+        """Lets initial weights follow the training data, before the first step. Few architectures have such weights.
+
+        Args:
+            images: float32[N, C, H, W], normalised, as the network will see them.
+        """
 
     def check_input(self, height: int, width: int) -> None:
         """Tells whether images of that size in pixels can be processed.

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from service.errors import ConfigurationError
-from training.models import alexnet, convnet, googlenet, inception, lenet, resnet, vgg
+from training.models import alexnet, convnet, googlenet, inception, lenet, resnet, resnet8, vgg
 from training.models.architecture import Architecture, Classifier, Config, PublishedWeights
 
 _REGISTRY: dict[str, Architecture] = {
     entry.name: entry
-    for family in (convnet, lenet, alexnet, vgg, resnet, googlenet, inception)
+    for family in (convnet, lenet, resnet8, alexnet, vgg, resnet, googlenet, inception)
     for entry in family.ARCHITECTURES
 }
 

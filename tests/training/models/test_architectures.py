@@ -70,6 +70,7 @@ FAMILIES = {
     "vgg11": ("vgg11", {**SMALL, "dropout": 0.0}),
     "vgg11_bn": ("vgg11_bn", {**SMALL, "dropout": 0.0}),
     "resnet18": ("resnet18", {**SMALL, "zero_init": True, "dropout": 0.0}),
+    "resnet8": ("resnet8", {"width": 0.5, "dropout": 0.0}),
     "resnext50": ("resnext50_32x4d", {"width": 0.25, "dropout": 0.0}),
     "googlenet": ("googlenet", {**SMALL, "width": 0.125, "aux": True, "dropout": 0.0, "aux_dropout": 0.0}),
     "inception_v3": ("inception_v3", {**SMALL, "width": 0.125, "aux": True, "dropout": 0.0}),

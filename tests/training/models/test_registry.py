@@ -11,7 +11,17 @@ def test_every_architecture_that_is_promised_is_there():
     vgg = [f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")]
     resnet = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
     wider = ["resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"]
-    assert set(names()) == {"convnet", "lenet5", "alexnet", *vgg, *resnet, *wider, "googlenet", "inception_v3"}
+    assert set(names()) == {
+        "convnet",
+        "lenet5",
+        "resnet8",
+        "alexnet",
+        *vgg,
+        *resnet,
+        *wider,
+        "googlenet",
+        "inception_v3",
+    }
 
 
 @pytest.mark.parametrize(
