@@ -167,3 +167,18 @@ def test_phases_resume_where_they_stopped(digit_data, tmp_path):
         expected = checkpoint.load(tmp_path / "whole" / "last.pt")["stepper"]["model"]
         found = checkpoint.load(tmp_path / folder / "last.pt")["stepper"]["model"]
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_stem_that_follows_the_data_does_so_from_scratch_only(digit_data, tmp_path):
+    entry = describe("resnet8")
+    scratch = experiment_of(None, epochs=2, model="resnet8", options={"width": 0.25})
+    stepper, _ = build_stepper(scratch, entry, digit_data, Group())
+    filters = stepper.model.stem.weight.detach()
+    torch.testing.assert_close(filters[:4], -filters[4:])  # a principal direction and its negative
+    assert torch.equal(stepper.average.model.stem.weight, filters)
+
+    torch.save(create("resnet8", 7, 1, width=0.25).state_dict(), tmp_path / "w.pth")
+    loaded, _ = build_stepper(experiment_of(tmp_path / "w.pth", epochs=2, model="resnet8", options={"width": 0.25}),
+                              entry, digit_data, Group())  # fmt: skip
+    stored = torch.load(tmp_path / "w.pth", weights_only=True)["stem.weight"]
+    assert torch.equal(loaded.model.stem.weight, stored)
