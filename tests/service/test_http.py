@@ -4,7 +4,8 @@ import http.client
 import json
 import socket
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,8 +18,10 @@ TIMEOUT_S = 10
 
 
 @contextmanager
-def serving(host="127.0.0.1", port=0, live=lambda: (True, "live"), ready=lambda: (True, "ready"), metrics=None):
-    server = HttpServer(host, port, (metrics or Metrics()).registry, live, ready)
+def serving(
+    host="127.0.0.1", port=0, live=lambda: (True, "live"), ready=lambda: (True, "ready"), metrics=None, longest_s=10.0
+):
+    server = HttpServer(host, port, (metrics or Metrics()).registry, live, ready, longest_s)
     server.start()
     try:
         yield server
@@ -109,6 +112,48 @@ def test_a_client_that_sends_nothing_does_not_hold_up_the_others():
             connection.close()
 
     assert status == 200
+
+
+def threads_of_connections():
+    """Those that the server of this process has given to connections."""
+    return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+
+
+def test_however_many_dawdle_threads_stay_few_and_the_next_is_answered_at_once():
+    with serving() as server, ExitStack() as stack:
+        for _ in range(150):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S))
+            slow.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+        began = time.monotonic()
+        assert get(server.port, "/health/live")[0] == 200
+        assert time.monotonic() - began < 5
+        assert 0 < len(threads_of_connections()) <= 32
+
+
+def test_the_oldest_makes_room_for_the_newest():
+    with serving() as server, ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S)) for _ in range(33)]
+
+        assert slow[0].recv(1) == b""  # cut
+        slow[-1].sendall(b"GET /health/live HTTP/1.1\r\n\r\n")
+        assert b"200" in slow[-1].makefile("rb").readline()
+
+
+def test_who_drips_its_bytes_is_cut_all_the_same():
+    with serving(longest_s=0.5) as server, socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.1\r\n")
+        slow.settimeout(0.05)
+        began = time.monotonic()
+        while time.monotonic() - began < TIMEOUT_S:
+            try:
+                slow.sendall(b"X")  # far more often than the wait for a single byte ends
+                if slow.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert time.monotonic() - began < TIMEOUT_S
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_end():
