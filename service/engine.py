@@ -108,25 +108,35 @@ class OrtEngine:
 
         The largest goes first: the arena then grows once.
         """
-        # The first run of a bucket allocates; on a GPU the next one captures a CUDA graph.
-        cold_runs = 2 if self.provider in GPU_PROVIDERS else 1
         for bucket in reversed(self.buckets):
-            for _ in range(cold_runs):
+            for _ in range(self._cold_runs(bucket)):
                 self._run(bucket)
             took_s = self._timed(bucket)
             self.measured_s[bucket] = took_s if took_s > _QUICK_S else min(took_s, self._timed(bucket))
         self._run(self.buckets[0], last_of_warm_up=True)
 
+    def follow(self, leader: OrtEngine) -> None:
+        """What is left to warm up of an executor that runs the session of another: the arena holds both at a time."""
+        self._run(self.buckets[-1])
+        self.measured_s = leader.measured_s
+
     def close(self) -> None:
         """Drops the buffers and the session; its memory is freed with the last executor that shares it."""
         self._runner.close()
+
+    def _cold_runs(self, bucket: int) -> int:
+        """Runs of a bucket, in the order of the warm-up, that are slower than those after them."""
+        if self.provider in GPU_PROVIDERS:
+            return 2  # the first allocates, the second captures a CUDA graph
+        # The CPU provider compiles nothing; all that is ever new to it is memory.
+        return int(self.provider != CPU or bucket == self.buckets[-1])
 
     def _timed(self, bucket: int) -> float:
         """Seconds of a batch on a machine that has nothing else to do: what it cost, where the caller's thread paid.
 
         An estimate that a busy moment made too long would have requests refused that could be answered.
         """
-        clock = time.thread_time if _computes_in_caller(self.plan) else time.perf_counter
+        clock = time.thread_time if self.plan.computes_in_caller else time.perf_counter
         began = clock()
         self._run(bucket)
         return clock() - began
@@ -204,20 +214,23 @@ def side_by_side(engines: Sequence[OrtEngine]) -> ThreadPoolExecutor:
     They give way to the threads that serve other models. Only where the caller's thread does the computing: a runtime
     that starts threads of its own would keep the low priority in them for good.
     """
-    lower = resources.lower_priority if _computes_in_caller(engines[0].plan) else None
+    lower = resources.lower_priority if engines[0].plan.computes_in_caller else None
     return ThreadPoolExecutor(len(engines), thread_name_prefix="warm-up", initializer=lower)
 
 
 def warm_up(engines: Sequence[OrtEngine]) -> None:
     """Warms up all executors at the same time, as they will run: what they measure includes what they share.
 
+    On the CPU provider one of them does so for all: they are as one, and other models are being served meanwhile.
+
     Raises:
         EngineError: a bucket cannot be run.
     """
+    first, *others = engines
     with side_by_side(engines) as pool:
-        for future in [pool.submit(engine.warm_up) for engine in engines]:
+        warming = [pool.submit(first.warm_up)]
+        warming += [
+            pool.submit(one.follow, first) if one.provider == CPU else pool.submit(one.warm_up) for one in others
+        ]
+        for future in warming:
             future.result()
-
-
-def _computes_in_caller(plan: Plan) -> bool:
-    return plan.provider == CPU and plan.intra_op_threads == 1

@@ -51,6 +51,14 @@ class Plan:
     gpus: tuple[int, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def computes_in_caller(self) -> bool:
+        """Whether the runtime computes on the thread that calls it, and has no threads of its own.
+
+        Threads that a runtime starts inherit the priority of the thread that makes a session, for good.
+        """
+        return self.provider == CPU and self.intra_op_threads == 1
+
     def buckets(self, max_batch_size: int) -> tuple[int, ...]:
         """Batch sizes to prepare, ascending.
 

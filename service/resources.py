@@ -11,7 +11,13 @@ import ctypes
 import math
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _BACKGROUND_NICE = 10
@@ -82,7 +88,19 @@ def lower_priority() -> None:
     For short-lived threads that measure and warm up beside traffic. Threads that they start inherit it.
     """
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICE)
+        thread = threading.get_native_id()
+        nice = os.getpriority(os.PRIO_PROCESS, thread) + _BACKGROUND_NICE  # Linux cuts it to the 19 that there are
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+
+
+def in_background(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls a function on a thread of its own that gives way to every other one, and waits for what it returns.
+
+    For work that computes outside of Python. A thread of low priority that has Python's lock keeps it while others have
+    the CPUs, and then everybody waits for it.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="background", initializer=lower_priority) as pool:
+        return pool.submit(work, *args, **kwargs).result()
 
 
 def process_age_s() -> float:

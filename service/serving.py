@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service import artifact, canary
+from service import artifact, canary, resources
 from service.artifact import ModelVersion
 from service.batcher import Batcher, Job, Observer
 from service.codel import CoDel
@@ -132,10 +132,10 @@ def load(
         ArtifactError, ProviderError, EngineError: it cannot be served.
     """
     began = time.monotonic()
-    version = artifact.load(path)
+    version = resources.in_background(artifact.load, path)
     engines = list(build(version))
     try:
-        difference = max(canary.check(version, engine) for engine in engines)
+        difference = max(resources.in_background(canary.check, version, engine) for engine in engines)
     except BaseException:
         for engine in engines:
             engine.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from service import artifact, cuda, logs, openvino, providers
+from service import artifact, cuda, logs, openvino, providers, resources
 from service.artifact import ModelVersion
 from service.errors import ArtifactError, ProviderError
 from service.providers import CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
@@ -173,8 +173,10 @@ def _open(path: Path, plan: Plan, options: Mapping[str, str]) -> Any:
             configuration.add_provider_for_devices([openvino.device()], options)
         else:
             arguments["providers"] = [(plan.provider, dict(options)), *([CPU] if plan.provider != CPU else [])]
-        # Without this ONNX Runtime's Python layer retries on the CPU by itself.
-        session = ort.InferenceSession(path, configuration, enable_fallback=0, **arguments)
+        if plan.computes_in_caller:
+            session = resources.in_background(_session, path, configuration, arguments)
+        else:
+            session = _session(path, configuration, arguments)
     except ProviderError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
@@ -186,6 +188,11 @@ def _open(path: Path, plan: Plan, options: Mapping[str, str]) -> Any:
             "do not match (for CUDA see the versions that this ONNX Runtime was built for)"
         )
     return session
+
+
+def _session(path: Path, configuration: Any, arguments: Mapping[str, Any]) -> Any:
+    # Without this ONNX Runtime's Python layer retries on the CPU by itself.
+    return ort.InferenceSession(path, configuration, enable_fallback=0, **arguments)
 
 
 def _refusal(path: Path, plan: Plan, error: Exception) -> ProviderError | ArtifactError:

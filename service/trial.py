@@ -50,7 +50,8 @@ def run(
         # On a CPU any size runs, and buffers for all of them would only be made twice.
         batch = buckets[-1] if on_gpu else min(_CPU_BATCH, max_batch_size)
         engines = engine.executors(version, loaded, file, buckets if on_gpu else (batch,))
-        difference = _canary_difference(version, engines[0], images)
+        with engine.side_by_side(engines) as pool:
+            difference = pool.submit(_canary_difference, version, engines[0], images).result()
         load_s = time.monotonic() - began
         speed = images_per_second(engines, np.resize(images, (batch, *images.shape[1:])))
     except ArtifactError as error:

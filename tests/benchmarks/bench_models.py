@@ -3,7 +3,7 @@
 python tests/benchmarks/bench_models.py FOLDER resnet18 resnet50
 
 Random weights cost the same time as trained ones. Their int8 variant is kept whatever it does to the accuracy, which
-means nothing here.
+means nothing here. Each version has weights of its own, so that an answer tells which version gave it.
 """
 
 import sys
@@ -33,12 +33,12 @@ def photo_folder(folder: Path) -> Path:
     return target
 
 
-def benchmark_model(folder: Path, name: str) -> Path:
-    """`<folder>/models/<name>/1`, exported once."""
-    version = folder / "models" / name / "1"
+def benchmark_model(folder: Path, name: str, number: int = 1) -> Path:
+    """`<folder>/models/<name>/<number>`, exported once; earlier versions have to be there."""
+    version = folder / "models" / name / str(number)
     if version.is_dir():
         return version
-    torch.manual_seed(0)
+    torch.manual_seed(number - 1)
     entry = describe(name)
     model = create(name, in_channels=entry.input.channels).eval()
     paths = sorted(photo_folder(folder).glob("*.jpg"))

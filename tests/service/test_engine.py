@@ -1,6 +1,8 @@
 """The engine on ONNX Runtime's CPU provider, and its conduct when a device fails, on a runner that fails to order."""
 
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +60,10 @@ class Runner:
 
 def toy(runner, buckets=(1, 2, 4, 8)):
     return OrtEngine(runner, Plan(CUDA, 1, gpus=(0,)), "model.onnx", buckets)
+
+
+def threads():
+    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
 
 
 def levels(count):
@@ -128,6 +134,26 @@ def test_warm_up_captures_before_it_measures_and_ends_by_shrinking():
     runner = Runner(2)
     toy(runner, (1, 2)).warm_up()
     assert runner.ran == [2, 2, 2, 2, 1, 1, 1, 1, 1]
+
+
+def test_on_the_cpu_provider_one_executor_warms_up_for_all_and_the_others_take_their_memory():
+    runners = [Runner(3), Runner(3)]
+    engines = [OrtEngine(runner, Plan(CPU, 1, 2), "model.onnx", (1, 2, 3)) for runner in runners]
+    engine.warm_up(engines)
+    assert runners[0].ran == [3, 3, 3, 2, 2, 1, 1, 1]  # the largest once before it counts; quick ones are timed twice
+    assert runners[1].ran == [3]
+    assert engines[1].measured_s == engines[0].measured_s
+
+
+def test_threads_of_a_runtime_never_inherit_the_low_priority_of_a_load(version):
+    before = threads()
+    plan = providers.cpu_plan(3, executors=1)
+    engines = engine.build(version, plan, 2)
+    engine.warm_up(engines)
+    started = threads() - before
+    assert plan.intra_op_threads == 3
+    assert len(started) == 2  # the third is the caller
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in started} == {os.getpriority(os.PRIO_PROCESS, 0)}
 
 
 def test_a_failing_warm_up_says_so():

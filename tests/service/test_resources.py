@@ -1,6 +1,7 @@
-"""CPUs as the cgroup grants them."""
+"""CPUs as the cgroup grants them, and threads that leave them to others."""
 
 import os
+import threading
 
 import pytest
 
@@ -56,3 +57,19 @@ def test_a_fraction_is_rounded_up_but_never_above_the_affinity(v2):
 
 def test_resident_memory_is_of_this_process():
     assert 10 << 20 < resources.rss_bytes() < 64 << 30
+
+
+def niceness():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_work_in_the_background_gives_way_and_leaves_its_caller_as_it_was():
+    before = niceness()
+
+    assert resources.in_background(lambda more: niceness() + more, 100) == min(19, before + 10) + 100
+    assert niceness() == before
+
+
+def test_what_fails_in_the_background_fails_its_caller():
+    with pytest.raises(ZeroDivisionError):
+        resources.in_background(divmod, 1, 0)
