@@ -294,6 +294,11 @@ def _options(settings: Settings) -> Options:
         max_connection_age_s=settings.max_connection_age_s,
         grace_s=settings.drain_timeout_s,
         tls=_tls(settings),
+        message_timeout_s=settings.message_timeout_s,
+        # A call brings an image at least: more than may be pending could not be admitted anyway.
+        max_unsent_calls=settings.max_pending_images,
+        max_connections=settings.max_connections,
+        max_calls_per_connection=settings.max_calls_per_connection,
     )
 
 

@@ -110,6 +110,24 @@ class Settings(BaseSettings):
         60_000, ge=1, description="Longest deadline; a call that asks for more gets this, in milliseconds."
     )
 
+    message_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds that a request's message may take to arrive once its call is open; 0 waits as long as the "
+        "connection lasts.",
+    )
+
+    # --- who may come
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="Most gRPC connections at a time, and never more than three quarters of the file descriptors that "
+        "the process may open; further ones are closed at once.",
+    )
+    max_calls_per_connection: int = Field(
+        1024, ge=1, description="Most calls of one connection at a time; further ones wait at the client."
+    )
+
     # --- how much may be in the house at once; beyond it calls are refused at once
     max_pending_images: int = Field(
         2048, ge=1, description="Most images admitted and not yet answered, over all models."

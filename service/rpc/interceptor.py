@@ -18,6 +18,7 @@ from service import logs
 from service.errors import ConvoyError, DrainingError, EngineError, UnavailableError
 from service.metrics import Metrics
 from service.rpc import status
+from service.rpc.inbox import Inbox, Streamed, arrived
 
 REQUEST_ID = "x-request-id"
 _MAX_ID_LENGTH = 128
@@ -62,15 +63,20 @@ class Arrivals:
 
 
 class Around(aio.ServerInterceptor):
-    """Wraps unary methods. Streaming ones (reflection) pass through: they only ever answer about the API itself.
+    """Wraps unary methods. Of streaming ones (reflection, health's Watch) only the wait for their messages is watched.
+
+    Args:
+        metrics: where calls are counted.
+        inbox: receives their messages.
 
     Attributes:
-        arrivals: of calls to these methods.
+        arrivals: of calls to unary methods.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, inbox: Inbox) -> None:
         self.arrivals = Arrivals()
         self._metrics = metrics
+        self._inbox = inbox
         self._handlers: dict[str, Any] = {}  # by method path; only methods that exist get in
 
     async def intercept_service(
@@ -78,18 +84,27 @@ class Around(aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Replaces a unary method by a watched one."""
+        """Replaces a method by a watched one.
+
+        To the library it then takes a stream of messages, which on the wire is the same: so it is here that a message
+        is waited for, and not in the library, which would wait for ever.
+        """
         path = handler_call_details.method
         known = self._handlers.get(path)
         if known is not None:
             return known
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return handler
-        watched: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
-            _Watched(path, handler, self._metrics, self.arrivals).handle,
-            response_serializer=handler.response_serializer,
-        )
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            watched: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
+                Streamed(handler, self._inbox).handle, response_serializer=handler.response_serializer
+            )
+        else:
+            watched = grpc.stream_unary_rpc_method_handler(
+                _Watched(path, handler, self._metrics, self.arrivals, self._inbox).handle,
+                response_serializer=handler.response_serializer,
+            )
         self._handlers[path] = watched
         return watched
 
@@ -97,8 +112,9 @@ class Around(aio.ServerInterceptor):
 class _Watched:
     """One method of the API, with everything around it."""
 
-    def __init__(self, path: str, handler: Any, metrics: Metrics, arrivals: Arrivals) -> None:
+    def __init__(self, path: str, handler: Any, metrics: Metrics, arrivals: Arrivals, inbox: Inbox) -> None:
         _, service, self._name = path.split("/", 2)
+        self._inbox = inbox
         self._arrivals = None if service == health.SERVICE_NAME else arrivals
         self._method: Method = handler.unary_unary
         self._parse: Callable[[bytes], Any] = handler.request_deserializer
@@ -108,8 +124,9 @@ class _Watched:
         self._handled = metrics.grpc_handled
         self._shed = metrics.shed
 
-    async def handle(self, message: bytes, context: Context) -> Any:
-        """Answers one call; `message` is parsed here, since grpc.aio answers what cannot be parsed with UNKNOWN."""
+    async def handle(self, _: object, context: Context) -> Any:
+        """Answers one call. Its message is parsed here, since grpc.aio answers what cannot be parsed with UNKNOWN."""
+        message = await self._inbox.message(context)
         began = time.monotonic()
         self._started.inc()
         request_id = _request_id(context)
@@ -121,7 +138,7 @@ class _Watched:
         try:
             if self._arrivals:
                 self._arrivals.note()
-            return await self._method(self._parse(message), context)
+            return await self._method(self._parse(arrived(message)), context)
         except asyncio.CancelledError:
             code = _code_of_cancellation(context)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import resource
 import socket
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from service.metrics import Metrics
 from service.rpc import acceptor
 from service.rpc.admin import Admin
 from service.rpc.credentials import Certificates, TlsFiles
+from service.rpc.inbox import Inbox
 from service.rpc.interceptor import Around
 from service.rpc.servicer import ImageClassifier
 
@@ -31,6 +33,13 @@ ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 # The port is closed when no call has arrived for so long; that is waited for at most so long, twice.
 _QUIET_S = 0.05
 _PATIENCE_S = 1.0
+
+# Calls that wait for the event loop to take them; each is some kilobytes.
+_MOST_ARRIVING = 8192
+
+# Operators send small messages, and few.
+_ADMIN_PATIENCE_S = 30.0
+_ADMIN_CALLS = 64
 
 
 class HealthName(enum.StrEnum):
@@ -45,6 +54,8 @@ class Options:
     """How the listener behaves.
 
     `max_connection_age_s` 0 means never; `grace_s` is what a retired connection gets; `tls` None means plain text.
+    `message_timeout_s` and `max_unsent_calls` bound calls whose message has not arrived, `max_connections` and
+    `max_calls_per_connection` what one address or one client can hold.
     """
 
     host: str
@@ -53,6 +64,10 @@ class Options:
     max_connection_age_s: float
     grace_s: float
     tls: TlsFiles | None = None
+    message_timeout_s: float = 30.0
+    max_unsent_calls: int = 2048
+    max_connections: int = 4096
+    max_calls_per_connection: int = 1024
 
 
 class Listener:
@@ -62,7 +77,8 @@ class Listener:
         self._options = options
         self._health = health.aio.HealthServicer()
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
-        around = Around(metrics)
+        self._inbox = Inbox(options.message_timeout_s, options.max_unsent_calls)
+        around = Around(metrics, self._inbox)
         self._arrivals = around.arrivals
         self._server = acceptor.server([around], _channel_options(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
@@ -103,6 +119,7 @@ class Listener:
         if grace_s and not await self._arrivals.quiet(_QUIET_S, patience_s):
             self._arrivals.refuse()
             await self._arrivals.quiet(_QUIET_S, patience_s)
+        self._inbox.close()
         await self._server.stop(max(0.0, began + grace_s - time.monotonic()))
 
     async def _set(self, state: int, *names: str) -> None:
@@ -122,7 +139,22 @@ def _channel_options(options: Options) -> list[tuple[str, int]]:
         # Clients behind NATs and proxies may ping as often as every 10 s, also between calls.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Beyond the first, connections are closed at once; beyond the second, calls wait at the client.
+        ("grpc.max_allowed_incoming_connections", min(options.max_connections, _descriptors() * 3 // 4)),
+        ("grpc.max_concurrent_streams", options.max_calls_per_connection),
+        # Left on, this resets calls of clients that keep to that number, too, while earlier ones are being cleared up.
+        ("grpc.http.overload_protection", 0),
+        # By default grpc cancels calls at random when a thousand have arrived before the event loop got to them. They
+        # are for admission to refuse, with a status that clients may try again on.
+        ("grpc.server.max_pending_requests", _MOST_ARRIVING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_ARRIVING),
     ]
+
+
+def _descriptors() -> int:
+    """File descriptors that this process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 class AdminListener:
@@ -130,7 +162,8 @@ class AdminListener:
 
     def __init__(self, host: str, port: int, servicer: Admin, metrics: Metrics) -> None:
         self._host, self._port = host, port
-        self._server = acceptor.server([Around(metrics)], [("grpc.so_reuseport", 0)])
+        self._inbox = Inbox(_ADMIN_PATIENCE_S, _ADMIN_CALLS)
+        self._server = acceptor.server([Around(metrics, self._inbox)], [("grpc.so_reuseport", 0)])
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, self._server)
         reflection.enable_server_reflection((ADMIN_SERVICE, reflection.SERVICE_NAME), self._server)
         self.port = 0
@@ -146,6 +179,7 @@ class AdminListener:
 
     async def stop(self) -> None:
         """Closes the port; a change under way is cancelled, and changes nothing."""
+        self._inbox.close()
         await self._server.stop(None)
 
 

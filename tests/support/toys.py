@@ -275,10 +275,13 @@ class Stand:
 
 
 @asynccontextmanager
-async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256, max_pending=512, default_s=10.0):
+async def toy_stand(
+    root, engines, *, max_message_bytes=1 << 20, max_images=256, max_pending=512, default_s=10.0, bounds=None
+):
     """The service from the port down to the engine, on toy engines: `engines` maps model names to them.
 
-    Everything but the engine is the real thing, put together as `service.server` does it.
+    Everything but the engine is the real thing, put together as `service.server` does it. `bounds`: further options of
+    the listener.
     """
     metrics, lost = Metrics(), []
     for name, engine in engines.items():
@@ -302,7 +305,7 @@ async def toy_stand(root, engines, *, max_message_bytes=1 << 20, max_images=256,
     decoder = decode_pool(2, metrics.stage("decode"))
     classifier = Classifier(decoder, admission, Limits(max_pixels=4_000_000), max_images, metrics)
     servicer = ImageClassifier(repository, classifier, default_s, 60.0)
-    listener = Listener(Options("127.0.0.1", 0, max_message_bytes, 0.0, 5.0), servicer, metrics)
+    listener = Listener(Options("127.0.0.1", 0, max_message_bytes, 0.0, 5.0, **(bounds or {})), servicer, metrics)
     await listener.start()
     decoder.start()
     await repository.load_all()

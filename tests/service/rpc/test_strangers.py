@@ -1,7 +1,11 @@
 """What a client can send that no gRPC library would, and that it harms nobody else."""
 
 import asyncio
+import contextlib
+import itertools
+from contextlib import ExitStack
 
+import grpc
 import pytest
 import raw_http2
 import toys
@@ -40,3 +44,174 @@ async def test_a_path_that_is_no_method_ends_its_call_only(stand, path):
     assert kind == raw_http2.RST_STREAM
     assert await waiting
     assert await answers(stand)
+
+
+async def ended(call):
+    """Status and text that a call ends with."""
+    return await asyncio.wait_for(call.code(), 10), await call.details()
+
+
+def silent_call(stand, method="/convoy.v1.ImageClassifier/Classify"):
+    """A call that is opened and never sends its message."""
+
+    async def silence():
+        await asyncio.Event().wait()
+        yield b""
+
+    return stand.channel.stream_unary(method)(silence())
+
+
+async def silent_calls(stand, count):
+    """So many of them, once the server knows of all."""
+    calls = [silent_call(stand) for _ in range(count)]
+    await answers(stand)  # came later, on the same connection
+    return calls
+
+
+@pytest.fixture
+async def strict(tmp_path):
+    """A service that waits half a second for a message, for at most ten of them, and serves four connections."""
+    bounds = {"message_timeout_s": 0.5, "max_unsent_calls": 10, "max_connections": 4}
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}, bounds=bounds) as made:
+        yield made
+
+
+@pytest.fixture
+async def stand_of_ten(tmp_path):
+    """A patient one that lets ten calls wait for their message."""
+    bounds = {"message_timeout_s": 60.0, "max_unsent_calls": 10}
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}, bounds=bounds) as made:
+        yield made
+
+
+async def test_a_message_that_does_not_come_ends_its_call(strict):
+    code, details = await ended(silent_call(strict))
+
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "0.5 s" in details
+    assert await answers(strict)
+
+
+async def test_a_message_that_never_becomes_whole_ends_its_call(strict):
+    half = raw_http2.frame(raw_http2.DATA, b"\x00" + (1000).to_bytes(4, "big") + bytes(500), stream=1)
+    assert (await asyncio.to_thread(sent, strict.listener.port, raw_http2.call(1), half))[0] == raw_http2.RST_STREAM
+    assert await answers(strict)
+
+
+async def test_reflection_and_watch_do_not_wait_for_ever_either(strict):
+    for method in (
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.health.v1.Health/Check",
+    ):
+        assert (await ended(silent_call(strict, method)))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_answered(stand_of_ten):
+    calls = await silent_calls(stand_of_ten, 30)
+
+    assert await answers(stand_of_ten)
+    ends = [asyncio.create_task(ended(call)) for call in calls]
+    codes = [(await end)[0] for end in itertools.islice(asyncio.as_completed(ends), 21)]
+    for end in ends:
+        end.cancel()
+    assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
+    assert sum(call.done() for call in calls) == 21  # of 31 calls ten could wait; the last of them brought its message
+    assert stand_of_ten.value("convoy_shed_total", reason="unsent") == 21
+
+
+async def test_silent_calls_do_not_hold_up_the_stop(stand):
+    calls = await silent_calls(stand, 5)
+    async with asyncio.timeout(10):
+        await stand.listener.stop(60)
+
+    assert {(await ended(call))[0] for call in calls} == {grpc.StatusCode.UNAVAILABLE}
+
+
+async def test_a_call_that_ends_without_a_message_is_answered(stand):
+    async def nothing():
+        return
+        yield b""
+
+    code, details = await ended(stand.channel.stream_unary("/convoy.v1.ImageClassifier/Classify")(nothing()))
+
+    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a request")
+
+
+async def test_calls_that_are_reset_are_neither_answered_nor_logged(stand):
+    calls = await silent_calls(stand, 50)
+    for call in calls:
+        call.cancel()
+    await answers(stand)
+    await asyncio.to_thread(sent, stand.listener.port, raw_http2.call(1, b"/none"))
+
+    assert not stand.value(
+        "grpc_server_handled_total",
+        grpc_type="unary",
+        grpc_service="convoy.v1.ImageClassifier",
+        grpc_method="Classify",
+        grpc_code="InvalidArgument",
+    )
+
+
+async def test_calls_opened_and_reset_without_end_leave_the_others_alone(stand):
+    def flood():
+        with raw_http2.connected(stand.listener.port) as connection:
+            for first in range(1, 4001, 100):
+                streams = range(first, first + 100, 2)
+                connection.send(*(frame for s in streams for frame in (raw_http2.call(s), raw_http2.reset(s))))
+
+    flooding = asyncio.create_task(asyncio.to_thread(flood))
+    assert all([await answers(stand) for _ in range(20)])
+    await flooding
+
+
+async def test_a_burst_of_calls_is_answered_and_not_cancelled_at_random(stand):
+    calls = [stand.stub.ListModels(pb.ListModelsRequest()).code() for _ in range(1500)]
+
+    assert set(await asyncio.gather(*calls)) == {grpc.StatusCode.OK}
+
+
+@pytest.mark.parametrize("kind", [raw_http2.PING, raw_http2.SETTINGS])
+async def test_floods_of_control_frames_leave_the_others_alone(stand, kind):
+    flood = [raw_http2.frame(kind, bytes(8) if kind == raw_http2.PING else b"")] * 20_000
+
+    def send():
+        with raw_http2.connected(stand.listener.port) as connection, contextlib.suppress(OSError):
+            connection.send(*flood)  # the server may close the connection
+
+    flooding = asyncio.create_task(asyncio.to_thread(send))
+    assert all([await answers(stand) for _ in range(10)])
+    await flooding
+
+
+async def test_metadata_that_is_no_text_harms_nobody(stand):
+    odd = [(b"x-odd", b"\xff\xfe"), (b"x-request-id", b"\xff")]
+    message = raw_http2.frame(raw_http2.DATA, bytes(5), flags=1, stream=1)
+    frames = raw_http2.call(1, extra=odd), message
+    kind, *_ = await asyncio.to_thread(sent, stand.listener.port, *frames, until=(raw_http2.HEADERS,))
+
+    assert kind == raw_http2.HEADERS  # an answer: a request without images is refused like any other
+    assert await answers(stand)
+
+
+async def test_beyond_so_many_connections_the_next_is_closed_and_those_that_are_stay(strict):
+    assert await answers(strict)
+    with ExitStack() as stack:
+        others = [
+            await asyncio.to_thread(lambda: stack.enter_context(raw_http2.connected(strict.listener.port)))
+            for _ in range(3)
+        ]
+        for other in others:
+            assert (await asyncio.to_thread(other.wait_for, raw_http2.SETTINGS)) is not None
+        with raw_http2.connected(strict.listener.port) as fifth:
+            assert await asyncio.to_thread(closed, fifth)
+        assert await answers(strict)
+
+
+def closed(connection):
+    """Whether the server closes a connection without a word."""
+    try:
+        return connection.receive() is None
+    except ConnectionResetError:
+        return True
