@@ -35,9 +35,11 @@ def build_stepper(
     torch.manual_seed(derive(experiment.loop.seed, Purpose.WEIGHTS))
     classes, spec, where = data.dataset.classes, data.spec, device()
     model = create(experiment.model.name, len(classes), spec.channels, **experiment.model.options)
+    for size in (spec, data.batch_spec):
+        model.check_input(size.height, size.width)
     report = start_from(model, entry, experiment.transfer)
     if report is None and model.adapts:
-        model.adapt_to(data.normalise(unit_range(torch.from_numpy(data.calibration(_ADAPTATION_IMAGES)))))
+        model.adapt_to(data.normalise(unit_range(torch.from_numpy(data.training_sample(_ADAPTATION_IMAGES)))))
     stepper = Stepper(
         model,
         experiment,

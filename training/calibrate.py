@@ -40,6 +40,41 @@ class Reliability:
         return float((self.count * np.abs(self.confidence - self.accuracy)).sum() / images) if images else 0.0
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What the temperature does on held-out images.
+
+    `error_before`, `error_after`: expected calibration error, 0..1. `likelihood_before`, `likelihood_after`: negative
+    log-likelihood in nats.
+    """
+
+    temperature: float
+    error_before: float
+    error_after: float
+    likelihood_before: float
+    likelihood_after: float
+
+    def metrics(self) -> dict[str, float]:
+        """For the manifest: the exported graph has the temperature inside, so its figures have the plain names."""
+        return {
+            "expected_calibration_error": self.error_after,
+            "expected_calibration_error_uncalibrated": self.error_before,
+            "negative_log_likelihood": self.likelihood_after,
+            "negative_log_likelihood_uncalibrated": self.likelihood_before,
+        }
+
+
+def calibration(logits: NDArray[np.floating], labels: NDArray[np.int64], temperature: float) -> Calibration:
+    """Both figures with and without the temperature, of logits [N, K] before it and labels int64[N]."""
+    return Calibration(
+        temperature=temperature,
+        error_before=expected_calibration_error(softmax(logits), labels),
+        error_after=expected_calibration_error(softmax(logits, temperature), labels),
+        likelihood_before=negative_log_likelihood(logits, labels),
+        likelihood_after=negative_log_likelihood(logits, labels, temperature),
+    )
+
+
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
     """Probabilities float64[N, K] of logits [N, K] divided by the temperature."""
     scaled = np.asarray(logits, dtype=np.float64) / temperature

@@ -68,7 +68,8 @@ def train(
     stratified part is held out. Broken files are reported and left out, the best epoch is kept, checked and exported
     to ONNX.
 
-    SIGTERM and Ctrl-C write a checkpoint first; --resume ends with the weights of a run that was never interrupted.
+    SIGTERM and Ctrl-C write a checkpoint first; --resume ends with the weights of a run that was never interrupted. It
+    refuses other settings than those the run was started with, but for the export's.
     Several processes: torchrun --nproc-per-node 2 --max-restarts 3 -m service train DATA ...; if one of them is lost,
     torchrun starts them again, and they go on from the last checkpoint.
 
@@ -96,7 +97,7 @@ def train(
     if (resume_if_any or restarted()) and not resume:
         folder = begun_run(runs / experiment.name, LAST)
     if folder:
-        experiment = settings_of(folder, overrides)
+        experiment = settings_of(folder, file, overrides)
     display = console_of_process()
     if find_lr:
         search_learning_rate(experiment, data, runs, display)
@@ -104,7 +105,10 @@ def train(
     try:
         result = run(experiment, data, repository, runs, display, resume=folder)
     except InterruptedRunError as stopped:
-        display.say(f"Stopped; the checkpoint is in {stopped.folder}. Go on with the same command and --resume")
+        if stopped.folder:
+            display.say(f"Stopped; the checkpoint is in {stopped.folder}. Go on with the same command and --resume")
+        else:
+            display.say("Stopped before the first checkpoint; start again with the same command")
         context.exit(_CTRL_C if stopped.signal == signal.SIGINT else _INTERRUPTED)
     display.say(f"\nWrote {result.version}")
     display.say(f"Logs and checkpoints: {result.folder}; model card: {result.version / 'card.html'}")
@@ -162,11 +166,10 @@ def augment_preview(
 def demo(folder: Path, train_only: bool) -> None:
     """Train LeNet on 1,797 real handwritten digits, serve it, and classify the held-out ones over gRPC."""
     require_extra()
-    from rich.console import Console
-
     from training.demo import demo as run_demo
+    from training.display import console_of_process
 
-    run_demo(folder, Console(), train_only=train_only)
+    run_demo(folder, console_of_process().console, train_only=train_only)
 
 
 def require_extra() -> None:

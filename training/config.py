@@ -22,6 +22,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+VariantName = Literal["int8", "fp16", "trt-int8"]
 
 
 class Section(BaseModel):
@@ -58,13 +60,17 @@ class InputConfig(Section):
     """What the model sees. None is the architecture's, or for `channels` what the images are.
 
     `size`: height and width in pixels. `shorter_side`: what an image is scaled to before the centre crop; None: in the
-    architecture's proportion to `size`.
+    architecture's proportion to `size`. `train_size`: height and width of the training images, where they are not to
+    be those of `size`; the view stays the same. Smaller ones train faster, and since random crops show objects larger
+    than the centre crop does, often more accurately (Touvron et al., "Fixing the train-test resolution discrepancy",
+    arXiv:1906.06423). Validation, test and export are always at `size`.
     """
 
-    size: Annotated[int, Field(ge=1, le=8192)] | None = None
+    size: Side | None = None
+    train_size: Side | None = None
     channels: Literal[1, 3] | None = None
     resize: Literal["crop", "stretch"] | None = None
-    shorter_side: Annotated[int, Field(ge=1, le=8192)] | None = None
+    shorter_side: Side | None = None
 
 
 class AugmentConfig(Section):
@@ -171,6 +177,24 @@ class TransferConfig(Section):
     licence: str = "unspecified"
 
 
+class ExportConfig(Section):
+    """What is written beside the float model, and what proves it.
+
+    `variants`: smaller formats to try; each is kept only if it is accurate enough and measured faster, `trt-int8`
+    without a measurement where there is no TensorRT. `accuracy_budget_points`: top-1 points (hundredths) that a variant
+    may lose on the held-out images. `largest_batch`: ONNX Runtime has to agree with PyTorch on batches of 1, 2, 7 and
+    this. `calibration_images`: training images for the ranges of int8; TensorRT's form takes 128 of them at most, tar
+    shards give 512 at most. `canary_images`: held-out images of different classes that go into the version, by which
+    the service checks itself.
+    """
+
+    variants: tuple[VariantName, ...] = ("int8", "fp16")
+    accuracy_budget_points: Annotated[float, Field(ge=0, le=100)] = 0.5
+    largest_batch: Annotated[int, Field(ge=1, le=1024)] = 64
+    calibration_images: Annotated[int, Field(ge=1, le=8192)] = 512
+    canary_images: Annotated[int, Field(ge=1, le=64)] = 8
+
+
 class Experiment(Section):
     """A whole run. `name`: the model's name in the repository."""
 
@@ -183,6 +207,7 @@ class Experiment(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     loop: LoopConfig = LoopConfig()
     transfer: TransferConfig = TransferConfig()
+    export: ExportConfig = ExportConfig()
 
 
 def find_experiment(name: str) -> Path:

@@ -30,6 +30,7 @@ from service.errors import TrainingError
 from training.config import Experiment, load_experiment
 from training.digits import write_digits
 from training.display import Display
+from training.interrupt import InterruptedRunError
 from training.run import Result, run
 
 NAME = "digits"
@@ -66,7 +67,10 @@ def demo(folder: Path, console: Console, *, train_only: bool) -> None:
     images = folder / NAME
     display.say(f"{write_digits(images)} PNG files in {images}/0 ... {images}/9")
     _title(console, 2, f"convoy train {images} --model lenet5 --repository {folder / 'models'} --name {NAME}")
-    result = run(_experiment(), images, folder / "models", folder / "runs", display)
+    try:
+        result = run(_experiment(), images, folder / "models", folder / "runs", display)
+    except InterruptedRunError as stopped:
+        raise KeyboardInterrupt from stopped  # the demo starts from the beginning each time
     display.say(f"exported and checked against PyTorch: {result.version}")
     if train_only:
         return

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from training.calibrate import Calibration
 from training.evaluate import TOP_K, Evaluation
 from training.journal import Journal
 from training.metrics import ClassScores
@@ -43,10 +55,10 @@ class Display:
         self.console.print(table)
 
     @contextmanager
-    def reading(self, files: int | None) -> Iterator[Callable[[int], None]]:
+    def reading(self, files: int | None, what: str = "images") -> Iterator[Callable[[int], None]]:
         """A bar for reading so many files (None: unknown); yields what is told the number just done."""
         with self._bar() as bar:
-            task = bar.add_task("Reading images", total=files, note="")
+            task = bar.add_task(f"Reading {what}", total=files, note="")
             yield lambda done: bar.advance(task, done)
 
     @contextmanager
@@ -60,6 +72,15 @@ class Display:
         with self._bar() as bar:
             yield TrainingView(self, bar, images_per_epoch, epochs, done, journal)
 
+    @contextmanager
+    def working(self, step: str) -> Iterator[Callable[[str], None]]:
+        """A spinner with the time since the step began; yields what is told the next step."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        terminal = self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not terminal) as bar:
+            task = bar.add_task(step, total=None)
+            yield lambda following: bar.reset(task, total=None, description=following)
+
     def faults(self, faults: Sequence[Fault]) -> None:
         """Lists files that were set aside."""
         for fault in faults[:_MOST_ROWS]:
@@ -72,6 +93,16 @@ class Display:
         top5 = f", top-{TOP_K} {evaluation.top5:.2%}" if len(classes) > TOP_K else ""
         self.say(f"{what}: accuracy {evaluation.accuracy:.2%}{top5} on {len(evaluation.labels)} images")
         self.console.print(_class_table(evaluation.per_class(), classes))
+
+    def calibration(self, found: Calibration) -> None:
+        """What the temperature does to the confidence on the held-out images."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("calibration")
+        table.add_column("before", justify="right")
+        table.add_column(f"after, T = {found.temperature:.3g}", justify="right")
+        table.add_row("expected calibration error", f"{found.error_before:.4f}", f"{found.error_after:.4f}")
+        table.add_row("negative log-likelihood", f"{found.likelihood_before:.4f}", f"{found.likelihood_after:.4f}")
+        self.console.print(table)
 
     def _bar(self) -> Progress:
         return Progress(
@@ -88,8 +119,12 @@ class Display:
 
 
 def console_of_process() -> Display:
-    """A display on standard output; of several processes only the first one speaks."""
-    return Display(Console(quiet=os.environ.get("RANK", "0") != "0"))
+    """A display on standard output; of several processes only the first one speaks.
+
+    The stream is bound here: rich would look it up anew for every frame, and the frames would be lost while quantising,
+    where the standard output is redirected to silence ONNX Runtime.
+    """
+    return Display(Console(file=sys.stdout, quiet=os.environ.get("RANK", "0") != "0"))
 
 
 class TrainingView:

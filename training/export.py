@@ -6,7 +6,7 @@ Nothing appears in the repository unless every gate has passed; then all of it a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def export_version(
     variants: Sequence[str] = formats.DEFAULT,
     budget_points: float = 0.5,
     batches: Sequence[int] = gates.BATCHES,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Exports a model, certifies it against PyTorch and publishes it as the next version.
 
@@ -40,6 +41,7 @@ def export_version(
         variants: smaller formats to try, of `training.variants.NAMES`; each is kept only if it is good and faster.
         budget_points: top-1 points that a variant may lose on the held-out images.
         batches: batch sizes at which ONNX Runtime has to agree with PyTorch.
+        tell: told what is done next, in words for people.
 
     Returns:
         The version's directory.
@@ -52,11 +54,13 @@ def export_version(
     """
     trained.check()
     names = formats.check_names(variants, budget_points)
+    tell("Exporting to ONNX")
     servable = Servable(trained.model, trained.mean, trained.std, trained.temperature)
     pixels = gates.sample(trained.holdout, max(batches))
     wanted = gates.reference(servable, trained.mean, trained.std, pixels, len(trained.classes))
     model = to_onnx(servable, trained.input)
     serialised = serialise(model, trained)
+    tell("Comparing ONNX Runtime with PyTorch")
     session = Session(serialised)
     parity = gates.check_parity(session, wanted, pixels, batches)
 
@@ -72,11 +76,14 @@ def export_version(
             labels=trained.holdout_labels,
             canary=canary_pixels,
             calibration=trained.calibration,
+            batches=batches,
         )
-        outcome = formats.build(names, baseline, budget_points)
+        outcome = formats.build(names, baseline, budget_points, tell=tell)
+        tell("Measuring the speed of the float model")
         outcome.kept.insert(0, (_float_variant(baseline, parity), serialised))
         for variant, content in outcome.kept:
             (staging / variant.file).write_bytes(content)
+        tell("Writing the model card and publishing")
         return package.publish(
             staging,
             repository,

@@ -6,16 +6,18 @@ None is ever overwritten.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from service.errors import ConfigurationError
-from training.config import Experiment, load_experiment
+from training.config import Experiment, load_experiment, read_yaml
 
 SETTINGS = "experiment.yaml"
+
+_EXPORT = "export."  # has no part in the weights
 
 
 def check_writable(folder: Path, what: str) -> None:
@@ -60,20 +62,38 @@ def begun_run(parent: Path, checkpoint: str) -> Path | None:
     return next((folder for folder in begun if (folder / checkpoint).is_file()), None)
 
 
-def settings_of(folder: Path, overrides: Mapping[str, Any]) -> Experiment:
-    """The settings that a run was started with.
+def settings_of(folder: Path, file: Path | None, overrides: Mapping[str, Any]) -> Experiment:
+    """The settings that a run was started with; only those of the export may be others by now.
+
+    Args:
+        folder: of the run.
+        file: the experiment file that is given to the resumed run, if any.
+        overrides: the flags that are given to it, by dotted key.
 
     Raises:
-        ConfigurationError: they cannot be read, or an override (dotted keys) contradicts them.
+        ConfigurationError: they cannot be read, or what is given contradicts them.
     """
     stored = load_experiment(folder / SETTINGS, {})
-    changed = [key for key, value in overrides.items() if load_experiment(folder / SETTINGS, {key: value}) != stored]
+    tree = read_yaml(file) if file else {}
+    tree.pop("tune", None)  # as in `load_experiment`
+    asked = load_experiment(folder / SETTINGS, {**dict(_leaves(tree)), **overrides})
+    before, now = (dict(_leaves(settings.model_dump(mode="json"))) for settings in (stored, asked))
+    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(_EXPORT)]
     if changed:
         raise ConfigurationError(
             f"{folder} was started with another {', '.join(changed)}, and a resumed run has to end as if it had not "
-            "been interrupted; leave these flags out, or start a new run without --resume"
+            "been interrupted; give the settings it was started with, or start a new run without --resume"
         )
-    return stored
+    return asked
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _numbers(parent: Path) -> list[int]:

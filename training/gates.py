@@ -18,7 +18,8 @@ from service.errors import TrainingError
 from training.graph import Servable
 from training.runtime import Outputs, Session
 
-BATCHES = (1, 2, 7, 64)
+_SMALL_BATCHES = (1, 2, 7)
+BATCHES = (*_SMALL_BATCHES, 64)
 # Largest difference of a probability. float32 on two runtimes differs by about 1e-6.
 MAX_PROBABILITY_DIFFERENCE = 1e-3
 # Largest difference of a logit, as a share of the largest logit: it still sees errors where probabilities saturate.
@@ -46,6 +47,11 @@ class Parity:
     def describe(self, original: Original) -> str:
         """For the note of a variant."""
         return f"probabilities within {self.probability_difference:.1e} of {original.name} on {self.images} images"
+
+
+def batches_up_to(largest: int) -> tuple[int, ...]:
+    """One image, two, an odd number, and the largest batch that has to work."""
+    return tuple(sorted({*_SMALL_BATCHES, largest}))
 
 
 def reference(

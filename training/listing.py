@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,11 @@ class Listing:
     def file(self, index: int) -> Path:
         """Path of one image."""
         return self.root / self.paths[index]
+
+    def chosen(self, rows: NDArray[np.int64]) -> Listing:
+        """Some of the files, int64[M] indices, with the same classes."""
+        paths = tuple(self.paths[row] for row in rows.tolist())
+        return replace(self, paths=paths, labels=self.labels[rows], splits=self.splits[rows])
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ _FLAGS: tuple[tuple[str, str, click.ParamType[Any] | None, str], ...] = (
     ("--batch-size", "loop.batch_size", click.IntRange(min=2), "Images per step (default 64)."),
     ("--accumulate", "loop.accumulate", _COUNT, "Compute each batch in so many pieces, to save memory."),
     ("--image-size", "input.size", _COUNT, "Height and width in pixels (default: the architecture's)."),
+    ("--train-size", "input.train_size", _COUNT, "Height and width of the training images (default: --image-size)."),
     ("--channels", "input.channels", click.IntRange(1, 3), "1 gray or 3 RGB (default: what the images are)."),
     ("--validation", "data.validation", _FRACTION, "Fraction that chooses the best epoch (default 0.1)."),
     ("--test", "data.test", _FRACTION, "Fraction held out for the final figures (default 0.1)."),

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from service.artifact import InputSpec, Resize
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, DataError
 from training import cache
 from training.config import Experiment, InputConfig
 from training.data import list_images
@@ -20,7 +20,7 @@ from training.duplicates import find_duplicates
 from training.listing import TEST, VALIDATION, Listing
 from training.models import Architecture
 from training.pixels import Normaliser, channel_statistics
-from training.prepared import Prepared
+from training.prepared import FullSize, Prepared, calibration_rows
 from training.read import Dataset, Fault, check_classes, count_channels, read_images
 from training.shard_scan import Scanned, scan
 from training.shards import is_sharded
@@ -44,7 +44,8 @@ def prepare(
     config = experiment.data
     listing = list_images(source)
     spec = input_spec(experiment.input, entry, experiment.input.channels or count_channels(listing))
-    dataset, faults = _read(experiment, listing, spec, cache_folder, display, group)
+    smaller = train_spec(experiment.input, spec)
+    dataset, faults = _read(experiment, listing, smaller or spec, cache_folder, display, group)
     faults += find_duplicates(dataset)
     dataset = dataset.without(faults)
     check_classes(dataset, faults)
@@ -53,7 +54,35 @@ def prepare(
     )
     inherited = inherited_statistics(experiment.transfer, entry, spec.channels)
     normalise = Normaliser(*(inherited or channel_statistics(dataset.images, split.train)))
-    return Prepared(dataset, split, spec, normalise, faults)
+    full_size = None
+    if smaller:
+        full_size = _read_full_size(experiment, dataset, split, spec, cache_folder, display, group)
+    return Prepared(dataset, split, spec, normalise, faults, train_spec=smaller, full_size=full_size)
+
+
+def _read_full_size(
+    experiment: Experiment,
+    dataset: Dataset,
+    split: Split,
+    spec: InputSpec,
+    cache_folder: Path,
+    display: Display,
+    group: Group,
+) -> FullSize:
+    """Decodes what is judged by, and what int8 is calibrated with, once more at the input's size.
+
+    Raises:
+        DataError: a file that could be read a moment ago cannot any more.
+    """
+    calibration = calibration_rows(split, experiment.export.calibration_images)
+    rows = np.unique(np.concatenate([split.validation, split.test, calibration]))
+    judged, faults = _read(experiment, dataset.listing.chosen(rows), spec, cache_folder, display, group)
+    if faults:
+        raise DataError(
+            f"{faults[0].path} could be read a moment ago, and now: {faults[0].message} Leave the images as they are "
+            "while they are read, and start again"
+        )
+    return FullSize(judged, rows, calibration)
 
 
 def _prepare_shards(
@@ -82,7 +111,9 @@ def _prepare_shards(
     split = Split(nothing, dataset.usable[given == VALIDATION], dataset.usable[given == TEST])
     inherited = inherited_statistics(experiment.transfer, entry, spec.channels)
     normalise = Normaliser(*(inherited or (found.shards.mean, found.shards.std)))
-    return Prepared(dataset, split, spec, normalise, [*found.faults, *faults], found.shards)
+    faults = [*found.faults, *faults]
+    smaller = train_spec(experiment.input, spec)
+    return Prepared(dataset, split, spec, normalise, faults, found.shards, train_spec=smaller)
 
 
 def _read(
@@ -92,7 +123,7 @@ def _read(
     mapped = cache.choose(experiment.data.cache, listing, spec, shared=group.world > 1)
 
     def read() -> tuple[Dataset, list[Fault]]:
-        with display.reading(len(listing)) as advance:
+        with display.reading(len(listing), f"images at {spec.width}x{spec.height}") as advance:
             if mapped:
                 return cache.read_mapped(
                     listing, spec, cache_folder, min_side_pixels=least, workers=_cores(), advance=advance
@@ -134,3 +165,14 @@ def input_spec(config: InputConfig, entry: Architecture, channels: int) -> Input
         raise ConfigurationError(f"input.shorter_side {side} is smaller than the input of {size}x{size}; enlarge it")
     resize = Resize(mode=mode, shorter_side=side, interpolation=default.resize.interpolation)
     return InputSpec(height=size, width=size, channels=1 if channels == 1 else 3, resize=resize)
+
+
+def train_spec(config: InputConfig, spec: InputSpec) -> InputSpec | None:
+    """The training images' size and resize rule, with the same view as the model's input; None if it is the same."""
+    size = config.train_size
+    if size is None or size == spec.height:
+        return None
+    side = spec.resize.shorter_side
+    side = None if side is None else max(size, round(side * size / spec.height))
+    resize = spec.resize.model_copy(update={"shorter_side": side})
+    return spec.model_copy(update={"height": size, "width": size, "resize": resize})

@@ -19,7 +19,7 @@ from training.draws import draws
 from training.mix import Mixer
 from training.models import describe
 from training.pixels import unit_range
-from training.prepare import input_spec
+from training.prepare import input_spec, train_spec
 from training.read import count_channels, read_one
 from training.seeds import Purpose, derive
 
@@ -56,6 +56,7 @@ def _sample(experiment: Experiment, source: Path, count: int) -> torch.Tensor:
     spec = input_spec(
         experiment.input, describe(experiment.model.name), experiment.input.channels or count_channels(listing)
     )
+    spec = train_spec(experiment.input, spec) or spec
     random = np.random.default_rng(derive(experiment.loop.seed, Purpose.ORDER))
     shuffled = (read_one(listing.file(int(row)), spec) for row in random.permutation(len(listing)))
     chosen = list(islice((image for image in shuffled if image is not None), count))

@@ -37,13 +37,14 @@ _STEP_BYTES = 2_000_000
 class Int8Form:
     """One dialect of int8: what a runtime's kernels understand best.
 
-    `operations` are quantised, `options` go to ONNX Runtime's quantiser as they are.
+    `operations` are quantised, `options` go to ONNX Runtime's quantiser as they are. `images`: the most to calibrate
+    with; None takes all.
     """
 
     activations: QuantType
     method: CalibrationMethod
     operations: tuple[str, ...]
-    images: int
+    images: int | None
     reduce_range: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ def cpu_form(*, reduce_range: bool) -> Int8Form:
             *_LAYERS, "Relu", "Clip", "LeakyRelu", "Add", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool",
             "Reshape", "Flatten",
         ),
-        images=512,
+        images=None,
         reduce_range=reduce_range,
         # The last layer's sums are int32 anyway; rounding the logits to 8 bits would only lose.
         options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},

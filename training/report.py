@@ -71,6 +71,7 @@ def render_card(manifest: Manifest, trained: Trained | None = None, outputs: Out
         "recipe": list(flattened(manifest.recipe)),
         "data": [(key, value) for key, value in flattened(manifest.data) if not key.startswith("per_class")],
         "class_counts": _class_counts(manifest),
+        "train_size": _train_size(manifest),
     }
     if trained is not None and outputs is not None:
         facts |= _judged(trained, outputs)
@@ -98,8 +99,8 @@ def _judged(trained: Trained, outputs: Outputs) -> dict[str, Any]:
     predicted = outputs.logits.argmax(axis=1).astype(np.int64)
     confusion = metrics.confusion_matrix(predicted, labels, len(classes))
     scores = metrics.class_scores(confusion)
-    uncalibrated = calibrate.softmax(outputs.logits, 1 / trained.temperature)
-    before = calibrate.reliability(uncalibrated, labels)
+    uncalibrated = outputs.logits * trained.temperature
+    before = calibrate.reliability(calibrate.softmax(uncalibrated), labels)
     after = calibrate.reliability(outputs.probabilities, labels)
     accuracy = metrics.accuracy(predicted, labels)
     few = len(classes) <= _FEW_CLASSES
@@ -114,7 +115,7 @@ def _judged(trained: Trained, outputs: Outputs) -> dict[str, Any]:
         "confusion": confusion.tolist() if few else None,
         "confusion_picture": None if few else pictures.confusion_picture(confusion),
         "pairs": _confused_pairs(confusion, classes),
-        "ece": (before.error, after.error),
+        "calibration": calibrate.calibration(uncalibrated, labels, trained.temperature),
         "reliability": [
             (f"Before (ECE {before.error:.3f})", charts.reliability_diagram(before, "before calibration")),
             (f"After, T = {trained.temperature:.3g} (ECE {after.error:.3f})",
@@ -193,6 +194,12 @@ def _class_counts(manifest: Manifest) -> dict[str, Any]:
         "rows": [(name, count, count / most) for name, count in rows] if few else None,
         "chart": None if few else charts.sorted_counts([count for _, count in rows]),
     }
+
+
+def _train_size(manifest: Manifest) -> int | None:
+    """Height and width of the training batches, if they are not those of the input."""
+    asked = manifest.recipe.get("input")
+    return asked.get("train_size") if isinstance(asked, Mapping) else None
 
 
 def _place(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,9 @@ import torch
 from service.artifact import Weights
 from service.errors import ConfigurationError
 from training import checkpoint
-from training.assemble import build_source, build_stepper, build_trainer
+from training.assemble import build_source, build_stepper, build_trainer, check_model
 from training.batches import Examples
-from training.calibrate import fit_temperature
+from training.calibrate import Calibration, calibration, fit_temperature
 from training.config import Experiment
 from training.display import Display
 from training.distributed import Group, device, joined
@@ -23,18 +23,37 @@ from training.evaluate import Evaluation, evaluate
 from training.export import export_version
 from training.finder import plot, sweep
 from training.folders import check_writable, new_run
-from training.interrupt import InterruptedRunError, held_back
+from training.gates import batches_up_to
+from training.interrupt import InterruptedRunError, held_back, stoppable
 from training.journal import Journal
 from training.loop import LAST, StoppedError, Trainer
-from training.models import describe
+from training.models import Architecture, describe
+from training.phases import Phase
 from training.prepare import prepare
-from training.prepared import Prepared
+from training.prepared import Part, Prepared
+from training.step import Stepper
 from training.threads import limited_to, thread_count
 from training.trained import Trained
 from training.transfer import plan, provenance, stage_table
 
-_CANARY_IMAGES = 8
-_CALIBRATION_IMAGES = 512
+
+@dataclass(frozen=True)
+class Judged:
+    """What the model does on the held-out images, and how far its confidence can be believed there."""
+
+    evaluation: Evaluation
+    calibration: Calibration
+
+    def metrics(self) -> dict[str, float]:
+        """For the manifest. `loss` and `..._uncalibrated` are those of the bare model."""
+        macro = self.evaluation.per_class().macro()
+        return {
+            "accuracy": self.evaluation.accuracy,
+            "top5_accuracy": self.evaluation.top5,
+            "loss": self.evaluation.loss,
+            **self.calibration.metrics(),
+            **{f"macro_{name}": value for name, value in macro.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -75,34 +94,62 @@ def run(
         ConfigurationError: a choice that cannot be, or a folder that cannot be written.
         DataError: images that cannot be used.
         TrainingError: training or the checks of the export failed.
-        InterruptedRunError: SIGTERM or Ctrl-C; the checkpoint is written.
+        InterruptedRunError: SIGTERM or Ctrl-C; in the loop a checkpoint is written first.
     """
-    if resume:
-        experiment = _as_begun(experiment, resume)
-    entry = describe(experiment.model.name)
-    phases = plan(experiment, entry)
-    if not experiment.data.validation and not experiment.data.test:
-        raise ConfigurationError("without --validation and --test no image is left to check the model with; set one")
-    check_writable(repository, "the repository")
-    with joined() as group:
+    with stoppable(LAST) as stopping, joined() as group:
+        stopping.folder = resume
+        if resume:
+            experiment = _as_begun(experiment, resume)
+        entry, phases = _checked(experiment)
+        check_writable(repository, "the repository")
         data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
         _introduce(display, experiment, source, data)
         folder = resume or group.from_main(lambda: new_run(runs / experiment.name, experiment))
+        stopping.folder = folder
         if group.main:
             data.write_reports(folder)
         stepper, report = build_stepper(experiment, entry, data, group)
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
-        threads = experiment.loop.threads or thread_count(stepper.model, data.spec.shape, experiment.loop.batch_size)
-        with limited_to(threads), repeatable(experiment.loop.deterministic):
+        with limited_to(_threads(experiment, stepper, data)), repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
             if resume:
                 trainer.resume()
             _fit(trainer, experiment, len(data.train_labels()), folder, display, group)
-            evaluation, trained = examine(experiment, data, trainer, provenance(experiment.transfer, report), group)
-        display.evaluation(evaluation, data.dataset.classes, "Held-out images")
-        version = group.from_main(lambda: export_version(trained, repository))
-        return Result(version, folder, evaluation, data.dataset.classes, tuple(trained.holdout_paths))
+            with display.working("Judging the model by held-out images"):
+                judged, trained = examine(experiment, data, trainer, provenance(experiment.transfer, report), group)
+        display.evaluation(judged.evaluation, data.dataset.classes, "Held-out images")
+        display.calibration(judged.calibration)
+        version = group.from_main(lambda: _export(experiment, trained, repository, display))
+        return Result(version, folder, judged.evaluation, data.dataset.classes, tuple(trained.holdout_paths))
+
+
+def _checked(experiment: Experiment) -> tuple[Architecture, tuple[Phase, ...]]:
+    """The architecture and the phases, after what can be found wrong before any image is read.
+
+    Raises:
+        ConfigurationError: settings that contradict each other or the architecture.
+        TrainingError: weights that cannot be read or belong to another architecture.
+    """
+    entry = describe(experiment.model.name)
+    phases = plan(experiment, entry)
+    if not experiment.data.validation and not experiment.data.test:
+        raise ConfigurationError("without --validation and --test no image is left to check the model with; set one")
+    check_model(experiment, entry)
+    return entry, phases
+
+
+def _export(experiment: Experiment, trained: Trained, repository: Path, display: Display) -> Path:
+    config = experiment.export
+    with display.working("Exporting") as tell:
+        return export_version(
+            trained,
+            repository,
+            variants=config.variants,
+            budget_points=config.accuracy_budget_points,
+            batches=batches_up_to(config.largest_batch),
+            tell=tell,
+        )
 
 
 def search_learning_rate(experiment: Experiment, source: Path, runs: Path, display: Display) -> float:
@@ -111,9 +158,7 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
     folder = new_run(runs / experiment.name, experiment)
     stepper, _ = build_stepper(experiment, entry, data, group)
-    with limited_to(
-        experiment.loop.threads or thread_count(stepper.model, data.spec.shape, experiment.loop.batch_size)
-    ):
+    with limited_to(_threads(experiment, stepper, data)):
         found = sweep(stepper, build_source(experiment, data, group))
     plot(found, folder / "learning-rate.png")
     display.say(f"--learning-rate {found.suggestion:.1e}: there the loss falls fastest; {folder / 'learning-rate.png'}")
@@ -122,13 +167,16 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
 
 def examine(
     experiment: Experiment, data: Prepared, trainer: Trainer, weights: Weights, group: Group
-) -> tuple[Evaluation, Trained]:
+) -> tuple[Judged, Trained]:
     """Evaluates on held-out images, calibrates on the validation part, and gathers what export needs."""
-    model, normalise, dataset = trainer.evaluated.eval(), data.normalise.on(device()), data.dataset
-    validation, test = data.examples("validation"), data.examples("test")
-    holdout = test if len(test) else validation
-    tuned = evaluate(model, validation if len(validation) else test, normalise, group=group)
+    model, normalise, dataset, split = trainer.evaluated.eval(), data.normalise.on(device()), data.dataset, data.split
+    held_out: Part = "test" if len(split.test) else "validation"
+    holdout = data.examples(held_out)
+    tuned = evaluate(model, data.examples("validation" if len(split.validation) else "test"), normalise, group=group)
     evaluation = evaluate(model, holdout, normalise, group=group)
+    temperature = fit_temperature(tuned.logits, tuned.labels)
+    judged = Judged(evaluation, calibration(evaluation.logits, evaluation.labels, temperature))
+    files = data.files(held_out)
     trained = Trained(
         model=model,
         name=experiment.name,
@@ -137,19 +185,19 @@ def examine(
         input=data.spec,
         mean=normalise.mean,
         std=normalise.std,
-        temperature=fit_temperature(tuned.logits, tuned.labels),
-        metrics=_metrics(evaluation),
+        temperature=temperature,
+        metrics=judged.metrics(),
         data=data.provenance(experiment.data.split_seed),
         recipe={**experiment.model_dump(mode="json"), "precision": trainer.precision},
         weights=weights,
-        canary=[dataset.listing.file(row) for row in _one_per_class(holdout)],
-        calibration=data.calibration(_CALIBRATION_IMAGES),
-        holdout=dataset.images[holdout.indices],
+        canary=[files[place] for place in _one_per_class(holdout, experiment.export.canary_images)],
+        calibration=data.calibration(experiment.export.calibration_images),
+        holdout=holdout.images[holdout.indices],
         holdout_labels=holdout.part_labels,
         history=trainer.progress.history,
-        holdout_paths=[dataset.listing.file(row) for row in holdout.indices],
+        holdout_paths=files,
     )
-    return evaluation, trained
+    return judged, trained
 
 
 def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, display: Display, group: Group) -> None:
@@ -194,21 +242,17 @@ def _introduce(display: Display, experiment: Experiment, source: Path, data: Pre
     display.say(
         f"{len(data.dataset.classes)} classes; {len(data.train_labels())} images to train, {len(split.validation)} to "
         f"validate, {len(split.test)} to test; {experiment.model.name} on {spec.width}x{spec.height}x{spec.channels}"
+        + (f", trained at {data.train_spec.width}x{data.train_spec.height}" if data.train_spec else "")
     )
 
 
-def _metrics(evaluation: Evaluation) -> Mapping[str, float]:
-    macro = evaluation.per_class().macro()
-    return {
-        "accuracy": evaluation.accuracy,
-        "top5_accuracy": evaluation.top5,
-        "loss": evaluation.loss,
-        **{f"macro_{name}": value for name, value in macro.items()},
-    }
+def _threads(experiment: Experiment, stepper: Stepper, data: Prepared) -> int:
+    asked, batch_size = experiment.loop.threads, experiment.loop.batch_size
+    return asked or thread_count(stepper.model, data.batch_spec.shape, batch_size)
 
 
-def _one_per_class(examples: Examples) -> list[int]:
-    """Rows of a few images of different classes."""
+def _one_per_class(examples: Examples, most: int) -> list[int]:
+    """Places in the examples of at most so many images of different classes."""
     _, first = np.unique(examples.part_labels, return_index=True)
-    chosen = np.linspace(0, len(first) - 1, min(_CANARY_IMAGES, len(first))).round().astype(int)
-    return [int(examples.indices[first[k]]) for k in chosen]
+    chosen = np.linspace(0, len(first) - 1, min(most, len(first))).round().astype(int)
+    return [int(place) for place in first[chosen]]

@@ -15,9 +15,9 @@ STRENGTH = "augment_strength"
 
 _SECTIONS = ("augment.", "optimiser.", "schedule.", "model.options.")
 _SETTINGS = (
-    "input.size", "input.resize", "input.shorter_side", "loop.balance", "loop.batch_size", "loop.ema_decay",
-    "loop.label_smoothing", "model.name", "transfer.freeze_norm", "transfer.probe", "transfer.spread",
-    "transfer.strategy",
+    "input.size", "input.train_size", "input.resize", "input.shorter_side", "loop.balance", "loop.batch_size",
+    "loop.ema_decay", "loop.label_smoothing", "model.name", "transfer.freeze_norm", "transfer.probe",
+    "transfer.spread", "transfer.strategy",
 )  # fmt: skip
 
 # What `augment_strength` multiplies, and the largest value of each.

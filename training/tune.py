@@ -132,7 +132,8 @@ class Images:
         entry = describe(experiment.model.name)
         spec = input_spec(experiment.input, entry, experiment.input.channels or entry.channels)
         weights = entry.name if experiment.transfer.weights else ""
-        key = f"{spec.model_dump_json()} {experiment.model.options.get('small_images')} {weights}"
+        sizes = f"{spec.model_dump_json()} {experiment.input.train_size}"
+        key = f"{sizes} {experiment.model.options.get('small_images')} {weights}"
         if key not in self._read:
             cache = self._job.runs / self._job.experiment.name / "cache"
             self._read[key] = prepare(experiment, entry, self._job.source, cache, self._display, Group())

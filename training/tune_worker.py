@@ -120,7 +120,9 @@ class Worker:
         data, entry = self._data_of(experiment), describe(experiment.model.name)
         phases = plan(experiment, entry)
         stepper, _ = build_stepper(experiment, entry, data, Group())
-        threads = experiment.loop.threads or thread_count(stepper.model, data.spec.shape, experiment.loop.batch_size)
+        threads = experiment.loop.threads or thread_count(
+            stepper.model, data.batch_spec.shape, experiment.loop.batch_size
+        )
         with (
             tempfile.TemporaryDirectory(dir=self._folder, prefix=f"trial-{trial.number}-") as folder,
             limited_to(threads),

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from service.artifact import RejectedVariant, Variant
 from service.errors import ConfigurationError, TrainingError
 from training import metrics, speed
+from training.config import ExportConfig, VariantName
 from training.gates import BATCHES
 from training.quantize import Int8, Int8Form, cpu_form, needs_reduced_range, tensorrt_form, to_fp16
 from training.runtime import CPU, CUDA, TENSORRT, Outputs, Session, usable
 
-Name = Literal["int8", "fp16", "trt-int8"]
-NAMES: tuple[Name, ...] = get_args(Name)
+NAMES: tuple[VariantName, ...] = get_args(VariantName)
 # TensorRT's own file only on request: without a GPU its speed cannot be measured.
-DEFAULT: tuple[Name, ...] = ("int8", "fp16")
+DEFAULT: tuple[VariantName, ...] = ExportConfig().variants
 
 Compare = Callable[[Session, Session, NDArray[np.uint8]], speed.Comparison]
 
@@ -50,6 +50,7 @@ class Baseline:
         labels: int64[V].
         canary: uint8[N, H, W, C].
         calibration: uint8[M, H, W, C], training images.
+        batches: sizes at which a variant's outputs have to be finite.
     """
 
     model: onnx.ModelProto
@@ -59,6 +60,7 @@ class Baseline:
     labels: NDArray[np.int64]
     canary: NDArray[np.uint8]
     calibration: NDArray[np.uint8]
+    batches: Sequence[int] = BATCHES
 
     @property
     def accuracy(self) -> float:
@@ -86,7 +88,7 @@ class _TooInaccurate(_Rejection):
         self.points = points
 
 
-def check_names(names: Sequence[str], budget_points: float) -> tuple[Name, ...]:
+def check_names(names: Sequence[str], budget_points: float) -> tuple[VariantName, ...]:
     """The variants asked for, once each.
 
     Raises:
@@ -100,7 +102,13 @@ def check_names(names: Sequence[str], budget_points: float) -> tuple[Name, ...]:
     return tuple(name for name in NAMES if name in names)
 
 
-def build(names: Sequence[Name], baseline: Baseline, budget_points: float, compare: Compare = speed.compare) -> Outcome:
+def build(
+    names: Sequence[VariantName],
+    baseline: Baseline,
+    budget_points: float,
+    compare: Compare = speed.compare,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Outcome:
     """Builds and judges each variant.
 
     Args:
@@ -108,11 +116,12 @@ def build(names: Sequence[Name], baseline: Baseline, budget_points: float, compa
         baseline: the float model and the images.
         budget_points: top-1 points (hundredths) that a variant may lose on the held-out images.
         compare: times a session against a reference.
+        tell: told what is done next, in words for people.
     """
     outcome = Outcome()
     for name in names:
         try:
-            outcome.kept.append(_build_one(_Judge(name, baseline, budget_points, compare)))
+            outcome.kept.append(_build_one(_Judge(name, baseline, budget_points, compare, tell)))
         except (_Rejection, TrainingError) as reason:
             outcome.rejected.append(RejectedVariant(name=name, reason=str(reason)))
     return outcome
@@ -120,6 +129,7 @@ def build(names: Sequence[Name], baseline: Baseline, budget_points: float, compa
 
 def _build_one(judge: _Judge) -> tuple[Variant, bytes]:
     if judge.name == "fp16":
+        judge.tell("fp16: converting")
         return judge.verdict(to_fp16(judge.baseline.model), CUDA if usable(CUDA) else CPU)
     if judge.name == "int8":
         return _search_int8(judge, cpu_form(reduce_range=needs_reduced_range()), CPU)
@@ -134,6 +144,7 @@ def _search_int8(judge: _Judge, form: Int8Form, provider: str | None) -> tuple[V
         attempts = {"": [], "the first layer": [first], "the last layer": [last], "first and last layer": [first, last]}
         losses = []
         for words, keep_float in attempts.items():
+            judge.tell(f"{judge.name}: calibrating and quantising" + (f", {words} in float" if words else ""))
             model = int8.quantize(keep_float)
             try:
                 return judge.verdict(model, provider, f"{words} in float" if words else "")
@@ -147,10 +158,11 @@ def _search_int8(judge: _Judge, form: Int8Form, provider: str | None) -> tuple[V
 
 @dataclass(frozen=True)
 class _Judge:
-    name: Name
+    name: VariantName
     baseline: Baseline
     budget_points: float
     compare: Compare
+    tell: Callable[[str], None]
 
     def verdict(self, model: onnx.ModelProto, provider: str | None, remark: str = "") -> tuple[Variant, bytes]:
         """Measures speed first, since it is quick, then accuracy.
@@ -165,9 +177,11 @@ class _Judge:
         """
         onnx.helper.set_model_props(model, {p.key: p.value for p in self.baseline.model.metadata_props})
         serialised = model.SerializeToString(deterministic=True)
+        self.tell(f"{self.name}: measuring speed")
         rate, speed_note = self._speed(serialised, provider)
+        self.tell(f"{self.name}: measuring accuracy on {len(self.baseline.labels)} held-out images")
         session = Session(serialised)
-        for size in BATCHES:
+        for size in self.baseline.batches:
             self._check_finite(session.run(np.resize(self.baseline.holdout, (size, *self.baseline.holdout.shape[1:]))))
         outputs = session.run_all(self.baseline.holdout)
         self._check_finite(outputs)

@@ -106,3 +106,23 @@ def test_reliability_counts_by_hand():
 
 def test_no_images_have_no_calibration_error():
     assert calibrate.expected_calibration_error(np.zeros((0, 3)), np.zeros(0, np.int64)) == 0
+
+
+def test_both_figures_before_and_after_the_temperature():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 500)
+    logits = (3 * np.eye(4)[labels] + random.normal(0, 1.5, (500, 4))).astype(np.float32) * 4  # far too sure
+    temperature = calibrate.fit_temperature(logits, labels)
+    found = calibrate.calibration(logits, labels, temperature)
+    own = np.log(calibrate.softmax(logits)[np.arange(500), labels])
+    assert found.likelihood_before == pytest.approx(-own.mean())
+    assert found.likelihood_after == calibrate.negative_log_likelihood(logits, labels, temperature)
+    assert found.error_before == calibrate.expected_calibration_error(calibrate.softmax(logits), labels)
+    assert found.error_after < found.error_before
+    assert found.likelihood_after < found.likelihood_before
+    assert found.metrics() == {
+        "expected_calibration_error": found.error_after,
+        "expected_calibration_error_uncalibrated": found.error_before,
+        "negative_log_likelihood": found.likelihood_after,
+        "negative_log_likelihood_uncalibrated": found.likelihood_before,
+    }

@@ -1,7 +1,7 @@
 import pytest
 
 from service.errors import ConfigurationError
-from training.config import Experiment
+from training.config import Experiment, load_experiment
 from training.folders import begun_run, check_writable, latest_run, new_run, settings_of
 
 
@@ -15,10 +15,28 @@ def test_runs_are_numbered_and_never_overwritten(tmp_path):
 def test_settings_come_back_and_contradictions_are_refused(tmp_path):
     experiment = Experiment.model_validate({"loop": {"epochs": 7}, "model": {"options": {"dropout": 0.5}}})
     folder = new_run(tmp_path, experiment)
-    assert settings_of(folder, {}) == experiment
-    assert settings_of(folder, {"loop.epochs": 7}) == experiment
-    with pytest.raises(ConfigurationError, match=r"another loop\.epochs"):
-        settings_of(folder, {"loop.epochs": 8})
+    assert settings_of(folder, None, {}) == experiment
+    assert settings_of(folder, None, {"loop.epochs": 7}) == experiment
+    with pytest.raises(ConfigurationError, match=r"another loop\.epochs,"):
+        settings_of(folder, None, {"loop.epochs": 8})
+
+
+def test_an_experiment_file_that_was_changed_meanwhile_is_refused(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text("loop: {epochs: 7}\nmodel: {options: {dropout: 0.5}}\ntune: {trials: 3}\n")
+    folder = new_run(tmp_path / "runs", load_experiment(file, {"loop.seed": 3}))
+    assert settings_of(folder, file, {"loop.seed": 3}) == settings_of(folder, file, {})
+    file.write_text("loop: {epochs: 9}\nmodel: {options: {dropout: 0.2}}\n")
+    with pytest.raises(ConfigurationError, match=r"another model\.options\.dropout, loop\.epochs,"):
+        settings_of(folder, file, {})
+    assert settings_of(folder, file, {"loop.epochs": 7, "model.options.dropout": 0.5}).loop.seed == 3
+
+
+def test_the_export_of_a_resumed_run_may_be_another(tmp_path):
+    folder = new_run(tmp_path, Experiment())
+    found = settings_of(folder, None, {"export.accuracy_budget_points": 2, "export.variants": ["fp16"]})
+    assert (found.export.accuracy_budget_points, found.export.variants) == (2, ("fp16",))
+    assert found.model_copy(update={"export": Experiment().export}) == Experiment()
 
 
 def test_nothing_to_resume_is_said_so(tmp_path):

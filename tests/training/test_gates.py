@@ -141,3 +141,9 @@ def test_a_sample_is_spread_and_repeats_what_is_short():
 def test_bytes_that_are_no_model_are_refused():
     with pytest.raises(TrainingError, match="cannot load the exported model"):
         Session(onnx.ModelProto().SerializeToString())
+
+
+def test_the_largest_batch_is_tried_beside_the_small_ones():
+    assert gates.batches_up_to(64) == gates.BATCHES
+    assert gates.batches_up_to(16) == (1, 2, 7, 16)
+    assert gates.batches_up_to(2) == (1, 2, 7)
