@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from service import logs
 from service.errors import (
@@ -99,6 +100,7 @@ class Repository:
         self._models: dict[str, _Model] = {}
         self._changing = asyncio.Lock()  # one load at a time: two would fight for the CPU with the traffic
         self._releases: set[asyncio.Task[None]] = set()
+        self._changes: set[asyncio.Task[None]] = set()
         self._complete = False
 
     # --- which version answers
@@ -209,6 +211,9 @@ class Repository:
             NotFoundError: the source has no such model or version.
             ArtifactError, ProviderError, EngineError: it cannot be served; the old version serves on.
         """
+        await self._carried_through(self._load_again(name, number))
+
+    async def _load_again(self, name: str, number: int | None) -> None:
         present = (await self._present(everything=True)).get(name, [])
         if not present or (number is not None and number not in present):
             raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
@@ -244,7 +249,11 @@ class Repository:
 
         Raises:
             InvalidRequestError: weights that are not positive, or a version that does not exist.
+            ArtifactError, ProviderError, EngineError: a version cannot be served; the routing stays as it was.
         """
+        await self._carried_through(self._route(name, routing))
+
+    async def _route(self, name: str, routing: Routing) -> None:
         self._find(name)
         present = (await self._present(everything=True)).get(name, [])
         unknown = [number for number in (*routing.traffic, routing.shadow) if number and number not in present]
@@ -279,12 +288,25 @@ class Repository:
                 self._metrics.canary_difference.labels(*labels).set(difference)
 
     async def close(self) -> None:
-        """Retires everything and waits for it."""
+        """Retires everything and waits for it; changes under way are given up."""
+        for change in self._changes:
+            change.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
         for served in list(self):
             self._retire(served.name, served.number)
         await asyncio.gather(*self._releases)
 
     # --- inside
+
+    async def _carried_through(self, change: Coroutine[Any, Any, None]) -> None:
+        """Makes a change to its end, even if the caller hangs up.
+
+        The thread that loads would go on in any case, beside the next load, and what it loaded would belong to nobody.
+        """
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
 
     def _find(self, name: str) -> _Model:
         if not name:

@@ -1,5 +1,7 @@
 """Which version answers, what is said of those that do not, and what a start makes of the files it finds."""
 
+import asyncio
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,11 +15,12 @@ from service.sources import LocalSource
 
 
 @asynccontextmanager
-async def opened(root, **options):
+async def opened(root, before_load=lambda: None, **options):
     """A repository with toy engines, not loaded yet."""
     metrics = Metrics()
 
     def load(path):
+        before_load()
         return serving.load(
             path,
             lambda version: [toys.ToyEngine(len(version.manifest.classes))],
@@ -140,3 +143,51 @@ async def test_close_releases_every_engine(root):
         engines = [model.engine for model in repository]
 
     assert [engine.closed for engine in engines] == [True, True]
+
+
+class Gate:
+    """Holds loads until it is opened."""
+
+    def __init__(self):
+        self.began = threading.Event()
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self):
+        self.began.set()
+        assert self.open.wait(toys.TIMEOUT_S)
+
+    async def hold(self, change):
+        """Starts a change that loads; returns when it is being held."""
+        self.began.clear()
+        self.open.clear()
+        task = asyncio.create_task(change)
+        assert await asyncio.to_thread(self.began.wait, toys.TIMEOUT_S)
+        return task
+
+
+async def test_a_load_is_carried_through_when_its_caller_hangs_up_and_the_next_one_waits_for_it(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        task = await gate.hold(repository.load("grey", 2))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.open.set()
+        await repository.load("other")
+
+        assert served(repository) == [("grey", 2), ("grey", 10), ("other", 1)]
+
+
+async def test_closing_does_not_wait_for_a_load_under_way(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        task = await gate.hold(repository.load("grey", 2))
+        await repository.close()
+        gate.open.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        assert served(repository) == []
