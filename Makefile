@@ -50,6 +50,10 @@ serve: $(RUNTIME) ## serve the demo's model until Ctrl-C
 bench: $(DEV) ## measure the service against the floor of this machine
 	@$(BIN)/python tests/benchmarks/serving.py
 
+.PHONY: soak
+soak: $(DEV) ## reload a model every second under load: errors, latency, memory
+	@$(BIN)/python tests/benchmarks/reloads.py
+
 .PHONY: accuracy
 accuracy: $(DEV) ## 5-fold accuracy of the demo's recipe on the digits
 	@$(BIN)/python tests/benchmarks/digits_kfold.py
