@@ -276,12 +276,20 @@ class Stand:
 
 @asynccontextmanager
 async def toy_stand(
-    root, engines, *, max_message_bytes=1 << 20, max_images=256, max_pending=512, default_s=10.0, bounds=None
+    root,
+    engines,
+    *,
+    max_message_bytes=1 << 20,
+    max_images=256,
+    max_pending=512,
+    default_s=10.0,
+    bounds=None,
+    loading=None,
 ):
     """The service from the port down to the engine, on toy engines: `engines` maps model names to them.
 
     Everything but the engine is the real thing, put together as `service.server` does it. `bounds`: further options of
-    the listener.
+    the listener. `loading`: is told the directory of each version before it is loaded, on the loader's thread.
     """
     metrics, lost = Metrics(), []
     for name, engine in engines.items():
@@ -289,6 +297,8 @@ async def toy_stand(
             write_version(root, name, classes=engine.classes)
 
     def load(path):
+        if loading:
+            loading(path)
         return serving.load(
             path,
             lambda version: [engines[version.manifest.name]],
@@ -305,7 +315,8 @@ async def toy_stand(
     decoder = decode_pool(2, metrics.stage("decode"))
     classifier = Classifier(decoder, admission, Limits(max_pixels=4_000_000), max_images, metrics)
     servicer = ImageClassifier(repository, classifier, default_s, 60.0)
-    listener = Listener(Options("127.0.0.1", 0, max_message_bytes, 0.0, 5.0, **(bounds or {})), servicer, metrics)
+    fixed = {"max_message_bytes": max_message_bytes, "max_connection_age_s": 0.0, "grace_s": 5.0}
+    listener = Listener(Options("127.0.0.1", 0, **{**fixed, **(bounds or {})}), servicer, metrics)
     await listener.start()
     decoder.start()
     await repository.load_all()
