@@ -6,10 +6,12 @@ rule. It appears when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,7 @@ from training.read import Dataset, Fault, read_images
 
 _PIXELS, _DIGESTS, _USABLE, _FAULTS = "pixels.npy", "digests.npy", "usable.npy", "faults.json"
 _SHARE_OF_MEMORY = 4
+_STALE_S = 24 * 3600
 
 
 def fits_memory(listing: Listing, spec: InputSpec) -> bool:
@@ -56,12 +59,13 @@ def read_mapped(
         advance(len(listing))
         return _open(listing, folder)
     beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
+        _remove_leftovers(parent)
         beside.mkdir(parents=True)
         _check_space(beside, len(listing) * spec.nbytes)
         shape = (len(listing), *spec.shape)
         pixels = np.lib.format.open_memmap(beside / _PIXELS, mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(beside / _PIXELS)
         dataset, faults = read_images(
             listing, spec, min_side_pixels=min_side_pixels, workers=workers, images=pixels, advance=advance
         )
@@ -75,6 +79,21 @@ def read_mapped(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return _open(listing, folder)
+
+
+def _reserve(file: Path) -> None:
+    """Takes the file's space now: where a mapped file finds the disk full, the process is killed by SIGBUS."""
+    with file.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, stream.seek(0, os.SEEK_END))
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Removes what killed processes have left, once it is a day old; younger ones may still be at work."""
+    for leftover in parent.glob(".*.writing-*"):
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
+            if time.time() - newest > _STALE_S:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _open(listing: Listing, folder: Path) -> tuple[Dataset, list[Fault]]:

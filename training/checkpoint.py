@@ -27,10 +27,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)
-    except OSError as error:
-        raise TrainingError(f"checkpoint {path} cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(
+            f"checkpoint {path} cannot be written: {_reason(error)}; make room, then --resume"
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """Behind PyTorch's "enforce fail" stands what the operating system said: a full disk, mostly."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0]
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -83,14 +83,14 @@ def train(
     from training.config import find_experiment, load_experiment
     from training.display import console_of_process
     from training.distributed import restarted
-    from training.folders import begun_run, latest_run, settings_of
+    from training.folders import begun_run, latest_run, name_for, settings_of
     from training.interrupt import InterruptedRunError
     from training.loop import LAST
     from training.run import run, search_learning_rate
 
     overrides = overrides_of(flags, assignments)
     if config is None:
-        overrides.setdefault("name", data.resolve().name.partition(".")[0])
+        overrides.setdefault("name", name_for(data))
     file = find_experiment(config) if config else None
     experiment = load_experiment(file, overrides)
     folder = latest_run(runs / experiment.name) if resume else None

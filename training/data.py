@@ -49,23 +49,41 @@ def _list_parts(root: Path, parts: Mapping[str, int]) -> Listing:
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    return sorted(entry.name for entry in _entries(folder) if _is_folder(entry))
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[str]:
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, f"{prefix}/{entry.name}")
+def _walk(folder: Path, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Images below a folder; a link to a folder is followed, but not to one that it lies in."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            yield from _walk(folder / entry.name, f"{prefix}/{entry.name}", (*above, place))
         elif is_image(entry.name):
             yield f"{prefix}/{entry.name}"
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is not hidden."""
+    try:
+        with os.scandir(folder) as found:
+            return [entry for entry in found if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}; mend its permissions or remove it") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; as an image it will be reported
+        return False
 
 
 def _check_folders(root: Path, found: Mapping[str, Sequence[str]]) -> None:
     layout = f"put the images of each class into a folder of its own: {root}/<class>/<image>"
     if not any(found.values()):
-        loose = sum(is_image(entry.name) for entry in os.scandir(root))
+        loose = sum(is_image(entry.name) for entry in _entries(root))
         if loose:
             raise DataError(f"{root} holds {loose} images but no folders of images; {layout}")
         raise DataError(f"{root} holds no images ({', '.join(sorted(SUFFIXES))}); {layout}")

@@ -5,19 +5,29 @@ None is ever overwritten.
 
 from __future__ import annotations
 
+import re
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, TrainingError
 from training.config import Experiment, load_experiment, read_yaml
 
 SETTINGS = "experiment.yaml"
 
+_LONGEST_NAME = 64
 _EXPORT = "export."  # has no part in the weights
+
+
+def name_for(source: Path) -> str:
+    """A model's name after its images: "Meine Fotos (2)" gives Meine-Fotos-2. What has no letters gives `model`."""
+    plain = unicodedata.normalize("NFKD", source.resolve().name.partition(".")[0]).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")[:_LONGEST_NAME] or "model"
 
 
 def check_writable(folder: Path, what: str) -> None:
@@ -33,13 +43,42 @@ def check_writable(folder: Path, what: str) -> None:
         raise ConfigurationError(f"{what} {folder} cannot be written: {error.strerror}; choose another") from error
 
 
+def check_apart(source: Path, outputs: Mapping[str, Path]) -> None:
+    """Refuses to write, {flag: folder}, between the images: the next run would take the results for classes.
+
+    Raises:
+        ConfigurationError: a folder is that of the images, or lies in it.
+    """
+    images = source.resolve()
+    for flag, folder in outputs.items():
+        if images.is_dir() and folder.resolve().is_relative_to(images):
+            raise ConfigurationError(f"{folder} lies among the images of {source}; choose another folder with {flag}")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within this block a full disk or a missing permission is an error with the file's name.
+
+    Raises:
+        TrainingError: something in the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or folder
+        raise TrainingError(
+            f"{place} cannot be written: {error.strerror or error}; make room, then --resume"
+        ) from error
+
+
 def new_run(parent: Path, experiment: Experiment) -> Path:
     """Makes `<parent>/<next number>/` and writes the settings into it."""
     check_writable(parent, "the folder of runs")
     folder = parent / str(max(_numbers(parent), default=0) + 1)
-    folder.mkdir()
     settings = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
-    (folder / SETTINGS).write_text(settings, encoding="utf-8")
+    with writing(folder):
+        folder.mkdir()
+        (folder / SETTINGS).write_text(settings, encoding="utf-8")
     return folder
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.folders import writing
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -24,11 +26,12 @@ class Journal:
         """Rewrites `log.csv`, and adds the newest epoch to TensorBoard."""
         columns = list(dict.fromkeys(name for figures in history for name in figures))
         beside = self._file.with_suffix(".writing")
-        with beside.open("w", encoding="utf-8", newline="") as stream:
-            rows = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-            rows.writeheader()
-            rows.writerows(history)
-        beside.replace(self._file)
+        with writing(self._file.parent):
+            with beside.open("w", encoding="utf-8", newline="") as stream:
+                rows = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+                rows.writeheader()
+                rows.writerows(history)
+            beside.replace(self._file)
         if self._writer:
             newest = history[-1]
             for name, value in newest.items():

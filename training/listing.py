@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from service.errors import DataError
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
+SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"})
+# Pictures all the same: reading sets them aside by name, where passing over them would lose part of a set unnoticed.
+_UNREADABLE = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".svg", ".tif", ".tiff"})
+_PICTURES = SUFFIXES | _UNREADABLE
 TRAIN, VALIDATION, TEST, UNDECIDED = 0, 1, 2, -1
 SPLIT_NAMES = ("train", "validation", "test")
 # What other tools call the parts.
@@ -68,8 +71,9 @@ def listing_of(root: Path, entries: Sequence[Entry], classes: Sequence[str] | No
     """The listing of some entries, in their order; classes sorted by name unless they are given.
 
     Raises:
-        DataError: fewer than two classes.
+        DataError: fewer than two classes, or a name that is no text.
     """
+    _check_names(entries)
     classes = tuple(sorted({entry.label for entry in entries}) if classes is None else classes)
     if len(classes) < 2:  # noqa: PLR2004 - a classifier needs two
         raise DataError(f"{root} holds only one class ({', '.join(classes)}); a classifier needs at least two")
@@ -83,6 +87,23 @@ def listing_of(root: Path, entries: Sequence[Entry], classes: Sequence[str] | No
     )
 
 
+def _check_names(entries: Sequence[Entry]) -> None:
+    """File systems take any bytes for a name, but reports, digests and the manifest take text."""
+    try:
+        "".join(entry.path for entry in entries).encode()
+    except UnicodeEncodeError:
+        wrong = next(entry.path for entry in entries if not entry.path.isascii() and not _is_text(entry.path))
+        raise DataError(f"the name {wrong!r} is not in UTF-8; rename the file or its folder") from None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_image(name: str) -> bool:
-    """Whether a file name ends like an image's."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - a Path per file costs 10x
+    """Whether a file name ends like an image's, also one of a format that cannot be read."""
+    return os.path.splitext(name)[1].lower() in _PICTURES  # noqa: PTH122 - a Path per file costs 10x

@@ -44,6 +44,9 @@ def staged(repository: Path, name: str) -> Iterator[Path]:
         ) from error
     try:
         yield staging
+    except OSError as error:
+        place = error.filename or staging
+        raise ArtifactError(f"{place} cannot be written: {error.strerror or error}; make room and try again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds versions, or another exporter's work

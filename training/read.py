@@ -6,8 +6,10 @@ GIL), and what cannot be used is reported with its path instead of ending an epo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
@@ -146,11 +148,15 @@ def count_channels(listing: Listing, sample: int = 256) -> int:
 
 def _modes(files: Iterator[Path]) -> Iterator[str]:
     for file in files:
-        try:
-            with Image.open(file) as image:
-                yield image.mode
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-            continue  # reading reports it, with its path
+        with contextlib.suppress(Exception):  # on odd bytes Pillow raises nearly everything; reading reports the file
+            yield _mode(file)
+
+
+def _mode(file: Path) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes and metadata; nothing is decoded here
+        with Image.open(file) as image:
+            return image.mode
 
 
 def _read_into(

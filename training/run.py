@@ -22,7 +22,7 @@ from training.distributed import Group, device, joined
 from training.evaluate import Evaluation, evaluate
 from training.export import export_version
 from training.finder import plot, sweep
-from training.folders import check_writable, new_run
+from training.folders import check_apart, check_writable, new_run, writing
 from training.gates import batches_up_to
 from training.interrupt import InterruptedRunError, held_back, stoppable
 from training.journal import Journal
@@ -101,13 +101,15 @@ def run(
         if resume:
             experiment = _as_begun(experiment, resume)
         entry, phases = _checked(experiment)
+        check_apart(source, {"--repository": repository, "--runs": runs})
         check_writable(repository, "the repository")
         data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
         _introduce(display, experiment, source, data)
         folder = resume or group.from_main(lambda: new_run(runs / experiment.name, experiment))
         stopping.folder = folder
         if group.main:
-            data.write_reports(folder)
+            with writing(folder):
+                data.write_reports(folder)
         stepper, report = build_stepper(experiment, entry, data, group)
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))

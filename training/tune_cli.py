@@ -86,12 +86,13 @@ def tune(
     require_extra()
     from training.config import find_experiment, load_experiment
     from training.display import console_of_process
+    from training.folders import name_for
     from training.tune_config import load_tuning
 
     search = _search_overrides(flags)
     overrides = overrides_of(flags, assignments)
     if config is None:
-        overrides.setdefault("name", data.resolve().name.partition(".")[0])
+        overrides.setdefault("name", name_for(data))
     file = find_experiment(config) if config else None
     experiment, tuning = load_experiment(file, overrides), load_tuning(file, space, search)
     if print_space:

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
@@ -69,3 +74,30 @@ def test_maps_on_demand_for_several_processes_and_for_what_is_too_large(digit_fo
     assert choose("auto", listing, huge, shared=False)
     assert not choose("auto", listing, SPEC, shared=False)
     assert not choose("memory", listing, huge, shared=False)
+
+
+def test_what_killed_runs_left_is_removed_after_a_day(digit_folder, tmp_path):
+    for name, age_s in ((".old.writing-1", 90_000), (".young.writing-2", 60)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pixels.npy").write_bytes(b"")
+        for path in (tmp_path / name / "pixels.npy", tmp_path / name):
+            os.utime(path, times=(time.time() - age_s,) * 2)
+    mapped(digit_folder, tmp_path)
+    assert sorted(folder.name for folder in tmp_path.glob(".*")) == [".young.writing-2"]
+
+
+def test_a_full_disk_is_an_error_and_not_a_killed_process(digit_folder, tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; "
+        "from training.cache import read_mapped; from training.data import list_images; "
+        "from service.artifact import InputSpec; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "read_mapped(list_images(Path(sys.argv[1])), InputSpec(height=16, width=16, channels=1), Path(sys.argv[2]), "
+        "min_side_pixels=1, workers=1, advance=print)"
+    )
+    command = [sys.executable, "-c", code, str(digit_folder), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == 1
+    assert "DataError: the image cache" in done.stderr
+    assert "File too large" in done.stderr
+    assert not list((tmp_path / "cache").iterdir())

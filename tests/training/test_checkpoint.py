@@ -1,4 +1,5 @@
 import pickle
+import resource
 
 import pytest
 import torch
@@ -63,3 +64,15 @@ def test_missing_and_foreign_files_are_told_apart(tmp_path):
     torch.save({"format": 99}, tmp_path / "last.pt")
     with pytest.raises(DataError, match="format 99"):
         checkpoint.load(tmp_path / "last.pt")
+
+
+def test_a_full_disk_is_said_in_the_words_of_the_operating_system(tmp_path):
+    """PyTorch reports it as an "enforce fail" of its archive writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(TrainingError, match="cannot be written: File too large; make room"):
+            checkpoint.save(tmp_path / "last.pt", {"value": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from service.errors import DataError
@@ -64,3 +66,26 @@ def test_says_what_is_wrong_with_a_folder(tmp_path, names, message):
 def test_a_missing_source_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere does not exist"):
         list_images(tmp_path / "nowhere")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    make(tmp_path, "photos/a/1.png", "photos/b/2.png", "elsewhere/deep/3.png")
+    (tmp_path / "photos/a/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos/a/again").symlink_to(tmp_path / "photos/a")
+    (tmp_path / "photos/b/up").symlink_to(tmp_path / "photos/b")
+    (tmp_path / "photos/b/itself.png").symlink_to(tmp_path / "photos/b/itself.png")
+    assert list_images(tmp_path / "photos").paths == ("a/1.png", "a/more/deep/3.png", "b/2.png", "b/itself.png")
+
+
+def test_names_may_be_of_any_script_but_have_to_be_text(tmp_path):
+    make(tmp_path, "café au lait/1 (2).png", "\u732b/\U0001f431.jfif", 'a\nb, "c"/1.png')
+    listing = list_images(tmp_path)
+    assert listing.classes == ('a\nb, "c"', "café au lait", "\u732b")
+    make(tmp_path, os.fsdecode(b"caf\xe9/1.png"))
+    with pytest.raises(DataError, match=r"caf\\udce9/1\.png' is not in UTF-8; rename"):
+        list_images(tmp_path)
+
+
+def test_pictures_that_cannot_be_read_are_listed_to_be_reported(tmp_path):
+    make(tmp_path, "a/1.png", "a/2.HEIC", "a/3.tif", "b/4.png", "b/readme.md")
+    assert list_images(tmp_path).paths == ("a/1.png", "a/2.HEIC", "a/3.tif", "b/4.png")

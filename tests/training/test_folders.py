@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, TrainingError
 from training.config import Experiment, load_experiment
-from training.folders import begun_run, check_writable, latest_run, new_run, settings_of
+from training.folders import begun_run, check_apart, check_writable, latest_run, name_for, new_run, settings_of, writing
 
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path):
@@ -58,3 +60,35 @@ def test_a_file_in_the_way_is_said_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be written"):
         check_writable(tmp_path / "file", "the repository")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("photos", "photos"),
+        ("photos.v2", "photos"),
+        ("Meine Fotos (2)", "Meine-Fotos-2"),
+        ("Bücher", "Bucher"),
+        ("写真", "model"),
+        ("_tmp_", "tmp"),
+        ("x" * 200, "x" * 64),
+    ],
+)
+def test_a_model_is_named_after_its_images(tmp_path, folder, name):
+    assert name_for(tmp_path / folder) == name
+    assert Experiment.model_validate({"name": name}).name == name
+
+
+def test_results_are_not_written_among_the_images(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path / "photos")
+    for source, repository in ((".", "models"), ("../link", "models"), (".", ".")):
+        with pytest.raises(ConfigurationError, match=r"lies among the images.*--repository"):
+            check_apart(Path(source), {"--runs": tmp_path / "runs", "--repository": Path(repository)})
+    check_apart(tmp_path / "photos", {"--runs": tmp_path / "runs", "--repository": tmp_path})
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(TrainingError, match=r"log\.csv cannot be written: No such file"), writing(tmp_path):
+        (tmp_path / "gone" / "log.csv").write_text("")

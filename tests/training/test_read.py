@@ -77,3 +77,26 @@ def test_channels_are_one_only_if_all_images_are_gray(tmp_path, modes, channels)
     for number, mode in enumerate(modes):
         save(tmp_path / "ab"[number] / "x.png", number, mode)
     assert count_channels(list_images(tmp_path)) == channels
+
+
+def test_channels_are_counted_past_odd_and_huge_files(tmp_path):
+    for label in "ab":
+        save(tmp_path / label / "1.png", 1)
+        (tmp_path / label / "odd.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "a" / "huge.png")
+    listing = list_images(tmp_path)
+    assert count_channels(listing) == 1  # without Pillow's warning of a decompression bomb
+    _, faults = read_images(listing, SPEC)
+    assert {fault.path: fault.reason for fault in faults} == {
+        "a/huge.png": "too_large",
+        "a/odd.png": "corrupt",
+        "b/odd.png": "corrupt",
+    }
+
+
+def test_formats_that_cannot_be_read_are_left_out_with_their_paths(tmp_path):
+    for label in "ab":
+        save(tmp_path / label / "1.png", ord(label))
+    save(tmp_path / "a" / "scan.tif", 3)
+    _, faults = read_images(list_images(tmp_path), SPEC)
+    assert [(fault.path, fault.reason) for fault in faults] == [("a/scan.tif", "unsupported_format")]

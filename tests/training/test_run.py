@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from rich.console import Console
 from service import artifact
 from service.errors import ConfigurationError
 from training import checkpoint
+from training.calibrate import calibration
 from training.config import Experiment
 from training.display import Display
 from training.folders import latest_run
+from training.interrupt import InterruptedRunError
+from training.models import WeightsMismatchError, create
 from training.run import run, search_learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +78,9 @@ def test_ends_in_a_valid_model_version(finished, digit_folder):
     assert manifest.classes == tuple(map(str, range(10)))
     assert manifest.input.shape == (16, 16, 1)
     assert manifest.metrics["accuracy"] == result.evaluation.accuracy
+    logits, labels = result.evaluation.logits, result.evaluation.labels
+    found = calibration(logits, labels, manifest.temperature)
+    assert {key: manifest.metrics[key] for key in found.metrics()} == pytest.approx(found.metrics())
     assert manifest.recipe["loop"]["epochs"] == 4
     assert manifest.data["images"] == {"train": 240, "validation": 30, "test": 30}
     assert len(manifest.data["sha256"]) == 64
@@ -86,6 +94,8 @@ def test_says_what_it_does(finished):
     assert "240 images to train, 30 to validate, 30 to test; lenet5 on 16x16x1" in text
     assert text.count("epoch ") >= 4
     assert f"accuracy {result.evaluation.accuracy:.2%}" in text
+    assert "expected calibration error" in text
+    assert "negative log-likelihood" in text
 
 
 def test_leaves_logs_split_and_settings(finished):
@@ -180,6 +190,54 @@ def test_processes_that_are_started_again_go_on_from_the_checkpoint(finished, di
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
 
 
+class Interrupting(Display):
+    """Sends its own process a signal at a step of the loop."""
+
+    def __init__(self, at_step, number):
+        super().__init__(Console(file=io.StringIO(), width=120))
+        self.left, self.number = at_step, number
+
+    @contextmanager
+    def training(self, *arguments):
+        with super().training(*arguments) as view:
+
+            def step(images, loss):
+                self.left -= 1
+                if not self.left:
+                    os.kill(os.getpid(), self.number)
+
+            yield SimpleNamespace(step=step, epoch=view.epoch)
+
+
+def test_trained_small_it_is_judged_and_served_at_the_input_size_and_resumes_to_identical_weights(
+    digit_folder, tmp_path
+):
+    tree = {
+        **TREE,
+        "input": {"size": 24, "train_size": 16},
+        "loop": {"epochs": 2, "precision": "float32", "threads": 1, "stuck_epochs": 0},
+        "export": {"variants": [], "largest_batch": 8, "canary_images": 3},
+    }
+    experiment, shown = Experiment.model_validate(tree), display()
+    whole = run(experiment, digit_folder, tmp_path / "models", tmp_path / "whole", shown)
+    manifest = artifact.load(whole.version).manifest
+    assert manifest.input.shape == (24, 24, 1)
+    assert manifest.recipe["input"]["train_size"] == 16
+    assert [variant.name for variant in manifest.variants] == ["fp32"]
+    assert "on 8 images" in manifest.variants[0].note
+    assert len(manifest.canary.images) == 3
+    assert "lenet5 on 24x24x1, trained at 16x16" in shown.console.file.getvalue()
+    assert "trained at" in (whole.version / "card.html").read_text(encoding="utf-8")
+
+    arguments = (experiment, digit_folder, tmp_path / "models", tmp_path / "parts")
+    with pytest.raises(InterruptedRunError) as stopped:
+        run(*arguments, Interrupting(6, signal.SIGINT))  # in the middle of the second epoch
+    assert stopped.value.folder == latest_run(tmp_path / "parts" / "digits")
+    resumed = run(*arguments, display(), resume=stopped.value.folder)
+    assert identical(weights(whole.folder), weights(resumed.folder))
+    assert resumed.evaluation.loss == whole.evaluation.loss
+
+
 def test_what_would_fail_at_the_end_fails_at_the_start(digit_folder, tmp_path):
     (tmp_path / "file").write_text("")
     experiment = Experiment.model_validate(TREE)
@@ -191,6 +249,14 @@ def test_what_would_fail_at_the_end_fails_at_the_start(digit_folder, tmp_path):
     too_small = Experiment.model_validate({**TREE, "input": {"size": 8}})
     with pytest.raises(ConfigurationError, match="too small for lenet5"):
         run(too_small, digit_folder, tmp_path / "models", tmp_path / "runs", display())
+    trained_too_small = Experiment.model_validate({**TREE, "input": {"size": 32, "train_size": 12}})
+    with pytest.raises(ConfigurationError, match=r"input\.train_size: images of 12x12 .* too small for lenet5"):
+        run(trained_too_small, tmp_path / "no-images", tmp_path / "models", tmp_path / "runs", display())
+    weights_of_another = tmp_path / "weights.pth"
+    torch.save(create("convnet", 2, 1).state_dict(), weights_of_another)
+    transfer = Experiment.model_validate({**TREE, "transfer": {"weights": str(weights_of_another)}})
+    with pytest.raises(WeightsMismatchError, match="does not fit this lenet5"):
+        run(transfer, tmp_path / "no-images", tmp_path / "models", tmp_path / "runs", display())
 
 
 def test_faults_are_reported_and_kept_in_a_file(digit_folder, tmp_path):
