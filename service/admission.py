@@ -7,9 +7,10 @@ event loop only, so it needs no lock. Knows no images, no gRPC and no ONNX.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.errors import DrainingError, ExpiredError, OverloadedError
 
@@ -70,6 +71,14 @@ class _Flow:
     bytes: int = 0
 
 
+class Entry(NamedTuple):
+    """A place taken: beside what else its flow holds, whether that was nothing, and when (monotonic seconds)."""
+
+    held: _Flow
+    alone: bool
+    since: float
+
+
 class Admission:
     """Counts what was admitted and not yet answered.
 
@@ -93,9 +102,8 @@ class Admission:
         self._paces: dict[Hashable, Pace] = {}
         self._draining = False
 
-    @contextmanager
-    def admit(self, flow: Hashable, images: int, nbytes: int, deadline: float) -> Iterator[None]:
-        """Holds a place for one request while it is worked on.
+    def admit(self, flow: Hashable, images: int, nbytes: int, deadline: float) -> AbstractContextManager[None]:
+        """A place for one request, taken on entering and given back on leaving.
 
         Args:
             flow: what shares fairly; the model.
@@ -103,30 +111,37 @@ class Admission:
             nbytes: of its encoded images.
             deadline: monotonic seconds by which the answer is wanted.
 
-        Raises:
+        Raises, on entering:
             DrainingError: the server is shutting down.
             ExpiredError: the deadline has passed already.
             OverloadedError: a bound would be exceeded, or the answer would come too late; nothing was admitted.
         """
-        held = self._flows.setdefault(flow, _Flow())
-        try:
-            self._check(flow, held, images, nbytes, deadline)
-        except BaseException:
-            self._forget_if_idle(flow, held)
-            raise
-        pace, alone, entered = self._paces.setdefault(flow, Pace()), not held.images, self._clock()
+        return _Place(self, flow, images, nbytes, deadline)
+
+    def enter(self, flow: Hashable, images: int, nbytes: int, deadline: float) -> Entry:
+        """Takes a place; raises as `admit` says."""
+        held = self._flows.get(flow) or _Flow()
+        now = self._clock()
+        self._check(flow, held, images, nbytes, deadline - now)
+        alone = not held.images
+        if alone:
+            self._flows[flow] = held
         self._add(held, images, nbytes)
-        answered = 0
-        try:
-            yield
-            answered = images
-        finally:
-            self._add(held, -images, -nbytes)
-            now = self._clock()
-            pace.left(answered, held.images, now)
-            if alone and answered:
-                pace.alone(answered, now - entered)
-            self._forget_if_idle(flow, held)
+        return Entry(held, alone, now)
+
+    def leave(self, flow: Hashable, images: int, nbytes: int, answered: int, entry: Entry) -> None:
+        """Gives a place back, of whose images so many were answered."""
+        held = entry.held
+        self._add(held, -images, -nbytes)
+        if not held.images:
+            self._flows.pop(flow, None)
+        pace = self._paces.get(flow)
+        if pace is None:
+            pace = self._paces[flow] = Pace()
+        now = self._clock()
+        pace.left(answered, held.images, now)
+        if entry.alone and answered:
+            pace.alone(answered, now - entry.since)
 
     def drain(self) -> None:
         """From now on refuses everything new."""
@@ -143,10 +158,9 @@ class Admission:
         """A model was unloaded: what was learned about it is void."""
         self._paces.pop(flow, None)
 
-    def _check(self, flow: Hashable, held: _Flow, images: int, nbytes: int, deadline: float) -> None:
+    def _check(self, flow: Hashable, held: _Flow, images: int, nbytes: int, left_s: float) -> None:
         if self._draining:
             raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)
-        left_s = deadline - self._clock()
         if left_s <= 0:
             raise ExpiredError("the deadline passed before the work began")
         if self.images + images > self.max_images or (held.images and held.images + images > self._free_images()):
@@ -177,6 +191,19 @@ class Admission:
         self.images += images
         self.bytes += nbytes
 
-    def _forget_if_idle(self, flow: Hashable, held: _Flow) -> None:
-        if not held.images:
-            self._flows.pop(flow, None)
+
+class _Place:
+    """What `admit` gives; a generator would take as long as all the rest of admission."""
+
+    __slots__ = ("_admission", "_entry", "_request")
+
+    def __init__(self, admission: Admission, flow: Hashable, images: int, nbytes: int, deadline: float) -> None:
+        self._admission = admission
+        self._request = flow, images, nbytes, deadline
+
+    def __enter__(self) -> None:
+        self._entry = self._admission.enter(*self._request)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        flow, images, nbytes, _ = self._request
+        self._admission.leave(flow, images, nbytes, 0 if kind else images, self._entry)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from service.codel import CoDel
 from service.errors import ConvoyError, DrainingError, EngineError, ExpiredError, OverloadedError
@@ -129,8 +129,7 @@ class OneByOne:
         """Nothing was forecast."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch(Generic[P, R]):
+class _Batch(NamedTuple, Generic[P, R]):
     """A batch that ran, or failed; times are monotonic seconds."""
 
     taken: Taken[Job[P, R]]
@@ -202,9 +201,25 @@ class Batcher(Generic[P, R]):
         return self._running
 
     def submit(
-        self, payload: P, size: int, deadline: float, *, flow: Hashable = None, priority: int = 0
+        self,
+        payload: P,
+        size: int,
+        deadline: float,
+        *,
+        flow: Hashable = None,
+        priority: int = 0,
+        alone: bool = False,
     ) -> asyncio.Future[Job[P, R]]:
         """Queues a job. Cancelling the future takes the job out before it runs.
+
+        Args:
+            payload: what `run` gets.
+            size: images, at least 1.
+            deadline: monotonic seconds.
+            flow: what shares fairly.
+            priority: smaller goes first.
+            alone: the caller submits nothing else in this turn of the loop. Where batches run in turn and nothing
+                waits, the job then runs before this returns, and the future is done.
 
         Returns:
             A future with the finished job. It fails with ExpiredError (never ran, or not wholly), OverloadedError
@@ -213,13 +228,19 @@ class Batcher(Generic[P, R]):
         if self._loop is None:
             raise RuntimeError("start() the batcher before submitting to it")
         future: asyncio.Future[Job[P, R]] = self._loop.create_future()
-        job = Job[P, R](payload, size, deadline, future, self._clock(), priority)
+        job: Job[P, R] = Job(payload, size, deadline, future, self._clock(), priority)
         with self._wake:
             if self._closed:
                 future.set_exception(DrainingError("the server is shutting down"))
                 return future
-            self._queue.push(job, flow)
-        if not self._notifying:
+            at_once = self._in_turn if alone and self._is_next(job) else None
+            if at_once is None:
+                self._queue.push(job, flow)
+            else:
+                self._running += size
+        if at_once is not None:
+            self._deliver(self._ran(at_once, Taken([Part(job, 0, size)])))
+        elif not self._notifying:
             self._notifying = True
             self._loop.call_soon(self._notify)
         return future
@@ -253,6 +274,14 @@ class Batcher(Generic[P, R]):
         if len(self._queue) and not self._notifying:  # the rest after what else the loop has to do
             self._notifying = True
             self._call(self._notify)
+
+    def _is_next(self, job: Job[P, R]) -> bool:
+        """Whether a job that comes now would be the next batch, as it is. Under the lock."""
+        if len(self._queue) or self._sizes.best_batch(job.size) != job.size:
+            return False
+        if job.deadline < job.submitted + self._sizes.cautious_s(job.size):
+            return False  # `_close_batch` says what becomes of it
+        return self._codel is None or not self._codel.sheds(0.0, job.submitted)  # it has not waited
 
     # --- on the owner threads
 

@@ -6,8 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +23,17 @@ from service.shadow import Shadow
 # A request is worked on in chunks of so many images: while one is inferred, the next is decoded.
 CHUNK_IMAGES = 16
 
-# Up to so many classes a row is ranked without numpy.
+# Up to so many classes a row is ranked without numpy; of more, so many places are found one by one.
 _FEW_CLASSES = 64
+_FEW_PLACES = 16
+
+T = TypeVar("T")
 
 # Behind all traffic, whatever its priority.
 _SHADOW_PRIORITY = 1000
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """What to return, and how urgent it is.
 
     `top_k` at least 1; `min_score` 0 to 1; `priority`: smaller goes first.
@@ -44,16 +45,14 @@ class Query:
     priority: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """Of one image: `classes` (index, score) best first, `logits` float32[K] if asked for."""
 
     classes: Sequence[tuple[int, float]]
     logits: NDArray[np.float32] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds; of several chunks the slowest in each stage."""
 
     queue_s: float
@@ -61,8 +60,7 @@ class Timing:
     inference_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """One outcome for each image, in order."""
 
     outcomes: list[Answer | InvalidImageError]
@@ -116,11 +114,7 @@ class Classifier:
         self._check(images, query)
         began = time.monotonic()
         with model.in_use(), self._admission.admit(model.name, len(images), sum(map(len, images)), deadline):
-            try:
-                async with asyncio.timeout_at(_on_loop_clock(deadline)):
-                    result = await self._work(model, images, query, deadline)
-            except TimeoutError:
-                raise ExpiredError("the deadline passed before the answer was ready") from None
+            result = await self._work(model, images, query, deadline)
         self._record(model, result, time.monotonic() - began)
         if shadow is not None:
             again = self._shadowed(shadow, images, deadline + (time.monotonic() - began))
@@ -132,8 +126,9 @@ class Classifier:
         await self._shadow.close()
 
     async def _work(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
-        chunks = [self._chunk(model, chunk, query, deadline) for chunk in _chunks(images)]
-        return await chunks[0] if len(chunks) == 1 else _joined(await _all(chunks))
+        if len(images) <= CHUNK_IMAGES:
+            return await self._chunk(model, images, query, deadline, alone=True)
+        return _joined(await _all(self._chunk(model, chunk, query, deadline) for chunk in _chunks(images)))
 
     async def _shadowed(self, shadow: ServedModel, images: Sequence[bytes], deadline: float) -> Sequence[int | None]:
         """The same images once more, after everything else."""
@@ -150,26 +145,30 @@ class Classifier:
         if not 0 <= query.min_score <= 1:
             raise InvalidRequestError(f"min_score is {query.min_score:g}, but scores are between 0 and 1")
 
-    async def _chunk(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
+    async def _chunk(
+        self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float, *, alone: bool = False
+    ) -> Result:
         spec = model.version.manifest.input
         work = Encoded(images, spec, self._limits, np.empty((len(images), *spec.shape), np.uint8))
         faults, decoding = await self._decode(model.name, work, query, deadline)
         good = [position for position in range(len(images)) if position not in faults]
-        timing = decoding
-        outcomes: list[Answer | InvalidImageError | None] = [faults.get(position) for position in range(len(images))]
-        if good:
-            pixels = work.pixels if not faults else work.pixels[good]
-            inferred = await model.batcher.submit(pixels, len(good), deadline, priority=query.priority)
-            timing = Timing(decoding.queue_s + inferred.queue_s, decoding.decode_s, inferred.run_s)
-            for position, answer in zip(good, answers(inferred.rejoined(join_outputs), query), strict=True):
-                outcomes[position] = answer
-        return Result([outcome for outcome in outcomes if outcome is not None], timing)
+        if not good:
+            return Result([faults[position] for position in range(len(images))], decoding)
+        pixels = work.pixels[good] if faults else work.pixels
+        inferring = model.batcher.submit(pixels, len(good), deadline, priority=query.priority, alone=alone)
+        inferred = await _in_time(inferring, deadline)
+        timing = Timing(decoding.queue_s + inferred.queue_s, decoding.decode_s, inferred.run_s)
+        found = answers(inferred.rejoined(join_outputs), query)
+        if not faults:
+            return Result(list(found), timing)
+        return Result([faults.get(position) or next(found) for position in range(len(images))], timing)
 
     async def _decode(self, flow: str, work: Encoded, query: Query, deadline: float) -> tuple[Faults, Timing]:
         if all(map(is_thumbnail, work.images)):
             began = time.monotonic()
             return decode_here(work), Timing(0.0, time.monotonic() - began, 0.0)
-        job = await self._decoder.submit(work, len(work.images), deadline, flow=flow, priority=query.priority)
+        decoding = self._decoder.submit(work, len(work.images), deadline, flow=flow, priority=query.priority)
+        job = await _in_time(decoding, deadline)
         faults = {position: fault for _, part in job.results for position, fault in part.items()}
         return faults, Timing(job.queue_s, job.run_s, 0.0)
 
@@ -194,9 +193,9 @@ def answers(outputs: Outputs, query: Query) -> Iterator[Answer | InvalidImageErr
         outputs: float32[N, K] each.
         query: what to return.
     """
+    all_finite = _finite(outputs.logits) and _finite(outputs.probabilities)
     for logits, probabilities in zip(*outputs, strict=True):
-        # A sum is finite exactly if all of its terms are: in float64 no sum of float32 values overflows.
-        if not math.isfinite(logits.sum(dtype=np.float64) + probabilities.sum(dtype=np.float64)):
+        if not all_finite and not (_finite(logits) and _finite(probabilities)):
             yield InvalidImageError(
                 ImageFault.NON_FINITE_OUTPUT,
                 "the model's output for this image is not finite; report it to the operator",
@@ -208,8 +207,15 @@ def answers(outputs: Outputs, query: Query) -> Iterator[Answer | InvalidImageErr
         yield Answer(ranked, logits if query.logits else None)
 
 
+def _finite(values: NDArray[np.float32]) -> bool:
+    """Whether none is infinite or NaN, which counts as the extreme of all; a tenth of the time of a reduction."""
+    return math.isfinite(values.item(values.argmax())) and math.isfinite(values.item(values.argmin()))
+
+
 def _ranked(probabilities: NDArray[np.float32], top_k: int) -> list[tuple[int, float]]:
     """The best (index, score) pairs of one row."""
+    if len(probabilities) > _FEW_CLASSES and top_k <= _FEW_PLACES:
+        return _first_places(probabilities, top_k)
     scores: list[float] = probabilities.tolist()
     if len(scores) <= _FEW_CLASSES:
         # Python sorts ten numbers in the time that numpy takes to be called; its sort is stable, reversed or not.
@@ -217,6 +223,17 @@ def _ranked(probabilities: NDArray[np.float32], top_k: int) -> list[tuple[int, f
     else:
         order = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
     return [(index, scores[index]) for index in order]
+
+
+def _first_places(probabilities: NDArray[np.float32], places: int) -> list[tuple[int, float]]:
+    """One maximum after the other: five of a thousand take a tenth of the time of sorting them all."""
+    left = probabilities.copy()
+    ranked = []
+    for _ in range(places):
+        index = int(left.argmax())  # the first of equals
+        ranked.append((index, left.item(index)))
+        left[index] = -np.inf
+    return ranked
 
 
 def _best(result: Result) -> list[int | None]:
@@ -253,6 +270,24 @@ def _joined(results: Sequence[Result]) -> Result:
     return Result([outcome for result in results for outcome in result.outcomes], timing)
 
 
-def _on_loop_clock(deadline: float) -> float:
-    """Event loops keep a monotonic clock of their own; uvloop's differs from time.monotonic by its start."""
-    return asyncio.get_running_loop().time() + (deadline - time.monotonic())
+async def _in_time(future: asyncio.Future[T], deadline: float) -> T:
+    """What a job gives, unless the deadline (monotonic seconds) comes first.
+
+    One timer, and none for what is done already: `asyncio.timeout_at` costs several times as much, for each request.
+
+    Raises:
+        ExpiredError: the deadline came first; the job is given up.
+    """
+    if future.done():
+        return future.result()
+    # Event loops keep a monotonic clock of their own; uvloop's differs from time.monotonic by its start.
+    timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), _expire, future)
+    try:
+        return await future
+    finally:
+        timer.cancel()
+
+
+def _expire(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(ExpiredError("the deadline passed before the answer was ready"))

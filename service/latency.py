@@ -90,6 +90,8 @@ class LatencyTable:
         """
         if waiting >= self.largest:
             return self.largest
+        if waiting <= self._buckets[0]:
+            return waiting
         candidates = [waiting, *(bucket for bucket in self._buckets if bucket < waiting)]
         return max(candidates, key=lambda images: (self._rate(images), images))
 

@@ -15,7 +15,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
 class Work(Protocol):
@@ -41,8 +41,7 @@ class Work(Protocol):
 J = TypeVar("J", bound=Work)
 
 
-@dataclass(frozen=True, slots=True)
-class Part(Generic[J]):
+class Part(NamedTuple, Generic[J]):
     """Images `start` to `stop` of a job."""
 
     job: J

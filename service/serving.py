@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +48,7 @@ class ServedModel:
         self.batcher = batcher
         self.load_seconds = load_seconds
         self._engines = list(engines)
-        self._users = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._users = _Users()
 
     @property
     def name(self) -> str:
@@ -67,17 +65,9 @@ class ServedModel:
         """The first executor's engine; all of them are alike."""
         return self._engines[0]
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Keeps the version from being released while a request works with it."""
-        self._users += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._idle.set()
+        return self._users
 
     async def canary(self) -> float:
         """Runs the canary as an ordinary, patient request beside the traffic.
@@ -95,13 +85,35 @@ class ServedModel:
         """Waits until nobody uses it, at most so long, ends the batcher and gives the memory back."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+                await self._users.none.wait()
         except TimeoutError:
             pass  # its callers' deadlines have passed; the batcher fails what is left
         await self.batcher.close()
         for engine in self._engines:
             engine.close()
         self._engines.clear()
+
+
+class _Users:
+    """How many requests work with a version. One for all of them: a generator for each would cost more than counting.
+
+    Attributes:
+        none: set while there is no user.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self.none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self.none.set()
 
 
 def load(

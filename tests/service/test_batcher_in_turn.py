@@ -97,3 +97,57 @@ async def test_closing_fails_what_waits(batcher, doubler):
         await waiting
     await asyncio.sleep(0)
     assert doubler.batches == []
+
+
+async def test_a_job_alone_runs_before_submit_returns(batcher, doubler):
+    future = batcher.submit([1, 2], 2, FOREVER, alone=True)
+
+    assert future.done()
+    assert answer(future.result()) == [2, 4]
+    assert doubler.threads == {threading.get_ident()}
+    assert batcher.queued_images == batcher.running_images == 0
+
+
+async def test_a_job_alone_waits_behind_what_waits(batcher, doubler):
+    first = batcher.submit([1], 1, FOREVER)
+    second = batcher.submit([2], 1, FOREVER, alone=True)
+
+    assert not second.done()
+    assert [answer(job) for job in await asyncio.gather(first, second)] == [[2], [4]]
+    assert doubler.batches == [[1, 2]]
+
+
+async def test_a_job_alone_that_is_no_single_batch_takes_its_turns(batcher, doubler):
+    future = batcher.submit(list(range(5)), 5, FOREVER, alone=True)
+
+    assert not future.done()
+    assert answer(await future) == [0, 2, 4, 6, 8]
+    assert doubler.batches == [[0, 1, 2, 3], [4]]
+
+
+async def test_a_job_alone_that_comes_too_late_expires_without_a_batch(batcher, doubler):
+    with pytest.raises(ExpiredError):
+        await batcher.submit([1], 1, 0, alone=True)
+    assert doubler.batches == []
+
+
+async def test_a_job_alone_fails_with_its_batch_and_after_the_end(batcher, doubler):
+    doubler.error = KeyError("broken")
+    failed = batcher.submit([1], 1, FOREVER, alone=True)
+    assert failed.done()
+    with pytest.raises(EngineError, match="broken"):
+        await failed
+    await batcher.close()
+    with pytest.raises(DrainingError):
+        await batcher.submit([1], 1, FOREVER, alone=True)
+    assert doubler.batches == [[1]]
+
+
+async def test_on_threads_a_job_alone_is_a_job_like_any_other(doubler):
+    threaded = Batcher([doubler.run], sizes=LatencyTable((1, 2, 4)), name="large")
+    threaded.start()
+    job = await threaded.submit([1], 1, FOREVER, alone=True)
+    await threaded.close()
+
+    assert answer(job) == [2]
+    assert threading.get_ident() not in doubler.threads

@@ -43,7 +43,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def classifying(root, engine, max_images=256, max_pending=512):
+async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0.0):
     metrics, admission = Metrics(), Admission(max_pending, 1 << 20)
     version = toys.write_version(root, classes=engine.classes)
     model, _ = serving.load(
@@ -52,7 +52,7 @@ async def classifying(root, engine, max_images=256, max_pending=512):
         metrics.model,
         window_s=0.0,
         codel_target_s=0.0,
-        in_turn_s=0.0,
+        in_turn_s=in_turn_s,
         on_device_lost=pytest.fail,
     )
     decoder = decode_pool(2, metrics.stage("decode"))
@@ -143,6 +143,19 @@ def test_top_k_beyond_the_classes_gives_all_of_them(top_k, count):
     assert [index for index, _ in answer.classes] == [3, 2, 1, 0][:count]
 
 
+@pytest.mark.parametrize("classes", [2, 64, 65, 1000])
+@pytest.mark.parametrize("top_k", [1, 5, 16, 17, 1000])
+def test_places_are_those_of_a_stable_sort(classes, top_k):
+    rng = np.random.default_rng(classes + top_k)
+    rows = rng.integers(0, 40, (3, classes)).astype(np.float32) / 40  # of 40 values: with many ties
+    kept = rows.copy()
+    found = list(answers(outputs(*rows), Query(top_k=top_k)))
+
+    for row, answer in zip(kept, found, strict=True):
+        order = np.argsort(-row, kind="stable")[:top_k]
+        assert answer.classes == [(int(index), float(row[index])) for index in order]
+
+
 def test_scores_below_the_minimum_are_left_out_even_all_of_them():
     first, second = answers(outputs([0.5, 0.25, 0.25], [0.4, 0.3, 0.3]), Query(min_score=0.5))
 
@@ -207,6 +220,21 @@ async def test_a_deadline_that_passes_in_the_batch_ends_the_wait(bench):
     bench.engine.pause()
     with pytest.raises(ExpiredError):
         await bench.ask([toys.grey_png(1)], seconds=0.05)
+
+
+async def test_a_tiny_model_answers_thumbnails_within_one_turn(tmp_path):
+    async with classifying(tmp_path, toys.ToyEngine(classes=256), in_turn_s=60.0) as bench:
+        png = toys.grey_png(2)
+        pixels = png.index(b"IDAT") + 4
+        damaged = png[:pixels] + b"\xff" + png[pixels + 1 :]
+        request = asyncio.create_task(bench.ask([toys.grey_png(1), damaged, toys.grey_png(3)]))
+        await asyncio.sleep(0)
+
+        assert request.done()
+        assert winners(await request) == [1, ImageFault.CORRUPT, 3]
+        value = bench.metrics.registry.get_sample_value
+        assert value("convoy_images_total", {"model": "grey", "outcome": "classified"}) == 2
+        assert winners(await bench.ask([toys.grey_png(n) for n in range(40)])) == list(range(40))
 
 
 async def test_an_engine_failure_reaches_its_callers_and_not_the_next(bench):
