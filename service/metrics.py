@@ -95,7 +95,7 @@ class Metrics:
         self.model_info = Gauge(
             "convoy_model_info",
             "1 for each version that is served.",
-            ("model", "version", "digest", "provider"),
+            ("model", "version", "digest", "provider", "variant"),
             registry=registry,
         )
         self.model_load_seconds = Gauge(
@@ -145,20 +145,28 @@ class Metrics:
         self.watch(self.queue_images.labels(model=model), queued)
 
     def model_loaded(
-        self, model: str, version: int, *, digest: str, provider: str, load_s: float, canary_difference: float
+        self,
+        model: str,
+        version: int,
+        *,
+        digest: str,
+        provider: str,
+        variant: str,
+        load_s: float,
+        canary_difference: float,
     ) -> None:
         """A version is in service."""
         labels = (model, str(version))
-        self.model_info.labels(*labels, digest, provider).set(1)
+        self.model_info.labels(*labels, digest, provider, variant).set(1)
         self.model_load_seconds.labels(*labels).set(load_s)
         self.canary_difference.labels(*labels).set(canary_difference)
         self.canary_ok.labels(*labels).set(1)
 
-    def model_gone(self, model: str, version: int, *, digest: str, provider: str) -> None:
+    def model_gone(self, model: str, version: int, *, digest: str, provider: str, variant: str) -> None:
         """A version is out of service: its series end, so that no alert looks at it."""
         labels = (model, str(version))
         with contextlib.suppress(KeyError):
-            self.model_info.remove(*labels, digest, provider)
+            self.model_info.remove(*labels, digest, provider, variant)
         for gauge in (self.model_load_seconds, self.canary_difference, self.canary_ok):
             with contextlib.suppress(KeyError):
                 gauge.remove(*labels)

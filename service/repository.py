@@ -402,8 +402,7 @@ class Repository:
         self._metrics.model_loaded(
             served.name,
             served.number,
-            digest=served.version.digest[:12],
-            provider=served.engine.provider,
+            **_what_runs(served),
             load_s=served.load_seconds,
             canary_difference=difference,
         )
@@ -421,7 +420,7 @@ class Repository:
         """Takes a version out of service now; its memory comes back when it has answered what it began."""
         model = self._models[name]
         served = model.served.pop(number)
-        self._metrics.model_gone(name, number, digest=served.version.digest[:12], provider=served.engine.provider)
+        self._metrics.model_gone(name, number, **_what_runs(served))
         task = asyncio.create_task(self._release(served))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
@@ -432,3 +431,14 @@ class Repository:
         del served
         await asyncio.to_thread(trim_memory)
         _log.info("model released", model=name, version=number)
+
+
+def _what_runs(served: ServedModel) -> dict[str, str]:
+    """Which bytes of a version run, where, and what its manifest calls them."""
+    running = served.engine.variant
+    named = {variant.file: variant.name for variant in served.version.manifest.variants}
+    return {
+        "digest": served.version.digest[:12],
+        "provider": served.engine.provider,
+        "variant": named.get(running, running),
+    }

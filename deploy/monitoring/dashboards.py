@@ -237,10 +237,10 @@ MODELS: list[Row] = [
         [
             Panel(
                 "Versions",
-                {"": f"count by (model, version, digest, provider) (convoy_model_info{{{MODEL}}})"},
+                {"": f"count by (model, version, digest, provider, variant) (convoy_model_info{{{MODEL}}})"},
                 kind="table",
                 width=12,
-                what="How many replicas serve which version on which provider.",
+                what="How many replicas serve which variant of which version on which provider.",
             ),
             Panel(
                 "Canary",

@@ -89,3 +89,13 @@ def test_every_reason_to_refuse_has_a_series_from_the_start(metrics):
     value = metrics.registry.get_sample_value
 
     assert [value("convoy_shed_total", {"reason": reason}) for reason in reasons] == [0.0] * len(reasons)
+
+
+def test_what_a_version_runs_is_told_until_it_is_gone(metrics):
+    runs = {"digest": "d", "provider": "CPUExecutionProvider", "variant": "int8"}
+    metrics.model_loaded("grey", 2, **runs, load_s=1.0, canary_difference=0.0)
+    told = metrics.registry.get_sample_value("convoy_model_info", {"model": "grey", "version": "2", **runs})
+    metrics.model_gone("grey", 2, **runs)
+
+    assert told == 1
+    assert b'version="2"' not in generate_latest(metrics.registry)

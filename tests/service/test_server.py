@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import re
 import signal
 import socket
+import threading
 import urllib.request
 
 import grpc
@@ -57,7 +59,9 @@ async def test_a_server_is_live_before_and_after_it_is_ready(tmp_path):
     assert (live[0], ready[0], state) == (200, 200, health_pb2.HealthCheckResponse.SERVING)
     assert winners(answer) == [3, 250]
     assert "convoy_ready 1.0" in metrics
-    assert 'convoy_model_info{digest="' in metrics
+    assert re.search(
+        r'^convoy_model_info\{digest="\w+",model="grey",provider="\w+",variant="fp32",', metrics, re.MULTILINE
+    )
 
 
 async def test_draining_is_reported_while_calls_are_still_taken(tmp_path):
@@ -175,6 +179,32 @@ async def test_a_failed_start_frees_its_ports(tmp_path):
 
     async with toys.real_server(tmp_path, http_port=port) as server:
         assert server.http_port == port
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [
+        ({}, 0),  # a model that takes less than a hand-over runs on the loop
+        ({"executors": 2}, 2),
+        ({"model_settings": {"grey": {"executors": 1}}}, 1),
+        ({"model_settings": {"other": {"executors": 1}}}, 0),
+    ],
+)
+async def test_who_sets_executors_gets_threads_and_who_does_not_gets_none_for_a_tiny_model(tmp_path, settings, threads):
+    toys.write_version(tmp_path)
+    async with toys.real_server(tmp_path, **settings) as server:
+        names = [thread.name for thread in threading.enumerate() if thread.name.startswith("infer-grey")]
+        async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            response = await pb_grpc.ImageClassifierStub(channel).Classify(grey_request(255))
+
+    assert len(names) == threads
+    assert winners(response) == [9]
+
+
+async def test_who_sets_a_window_gets_threads_too(tmp_path):
+    toys.write_version(tmp_path)
+    async with toys.real_server(tmp_path, batch_window_ms=1.0):
+        assert any(thread.name.startswith("infer-grey") for thread in threading.enumerate())
 
 
 async def test_only_the_named_models_are_served(tmp_path):
