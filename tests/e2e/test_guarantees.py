@@ -3,10 +3,15 @@
 import ast
 import asyncio
 import re
+import resource
+import socket
+import subprocess
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import raw_http2
 import toys
@@ -193,3 +198,29 @@ async def test_every_stage_of_a_request_is_in_a_histogram(tmp_path):
 
     assert counts == {"queue": 1, "decode": 1, "infer": 1}
     assert total == 1
+
+
+# --- without file descriptors
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux alone changes limits of another process")
+def test_without_file_descriptors_it_neither_spins_nor_drops_those_it_serves(tmp_path):
+    toys.write_version(tmp_path)
+    flags = ("--repository-poll-s", "0")
+    with toys.serve_process(tmp_path, *flags) as (process, report), ExitStack() as stack:
+        client = stack.enter_context(Client(report["grpc"]))
+        assert winners(client.classify(request(255))) == [9]
+        used = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+        _, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (used + 5, hard))
+        with ExitStack() as others:
+            for address in [report["grpc"], report["http"]] * 10:
+                others.enter_context(socket.create_connection((address.partition(":")[0], int(address.split(":")[1]))))
+            began_s = sum(psutil.Process(process.pid).cpu_times()[:2])
+            replies = [client.classify(request(level)) for level in (0, 255) for _ in range(20)]
+            with pytest.raises(subprocess.TimeoutExpired):  # the second in which it could spin
+                process.wait(1.0)
+            assert sum(psutil.Process(process.pid).cpu_times()[:2]) - began_s < 0.7
+        assert [winners(reply) for reply in replies] == [[0]] * 20 + [[9]] * 20
+        with Client(report["grpc"], connect_timeout_s=10) as late:
+            assert winners(late.classify(request(255))) == [9]

@@ -375,8 +375,16 @@ class Process:
         assert self._ready.wait(TIMEOUT_S), "neither ready nor ended: " + "".join(self.lines)
         return self._report or None
 
+    @property
+    def pid(self):
+        return self._process.pid
+
     def signal(self, number):
         self._process.send_signal(number)
+
+    def wait(self, timeout_s):
+        """Waits for the end; raises `subprocess.TimeoutExpired` if it does not come."""
+        self._process.wait(timeout_s)
 
     def ended(self):
         """Waits for the end; exit code and everything written to stderr."""
