@@ -43,6 +43,8 @@ class Shadow:
         task = asyncio.create_task(self._run(model, version, answered, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Cancelled before its first step, the task never gets to `work`.
+        task.add_done_callback(lambda _: work.close())
 
     async def close(self) -> None:
         """Ends the copies under way."""

@@ -13,6 +13,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health
+from prometheus_client import Counter
 
 from service import logs
 from service.errors import ConvoyError, DrainingError, EngineError, UnavailableError
@@ -122,6 +123,7 @@ class _Watched:
         self._started = metrics.grpc_started.labels(*self._labels)
         self._seconds = metrics.grpc_seconds.labels(*self._labels)
         self._handled = metrics.grpc_handled
+        self._by_code: dict[grpc.StatusCode, Counter] = {}  # finding a series by its labels costs more than counting
         self._shed = metrics.shed
 
     async def handle(self, _: object, context: Context) -> Any:
@@ -160,7 +162,10 @@ class _Watched:
 
     def _record(self, code: grpc.StatusCode, elapsed_s: float) -> None:
         self._seconds.observe(elapsed_s)
-        self._handled.labels(*self._labels, _camel(code)).inc()
+        handled = self._by_code.get(code)
+        if handled is None:
+            handled = self._by_code[code] = self._handled.labels(*self._labels, _camel(code))
+        handled.inc()
         if code is not grpc.StatusCode.OK:
             _log.info("rpc failed", code=code.name, duration_ms=round(elapsed_s * 1000, 2))
 

@@ -57,7 +57,8 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         )
         shadow = self._repository.shadow(model.name, model)
         deadline = arrived + self._budget_s(context)
-        result = await self._classifier.classify(model, request.images, query, deadline, shadow)
+        # Once: each look at a field of bytes copies it.
+        result = await self._classifier.classify(model, tuple(request.images), query, deadline, shadow)
         _raise_if_all_failed(result)
         return _response(model, result, time.monotonic() - arrived)
 
@@ -94,10 +95,10 @@ def _raise_if_all_failed(result: Result) -> None:
 def _response(model: ServedModel, result: Result, total_s: float) -> pb.ClassifyResponse:
     labels = model.version.manifest.classes
     timing = result.timing
-    return pb.ClassifyResponse(
+    # Built in place: a message given to another one's constructor is copied into it, and so are its parts.
+    response = pb.ClassifyResponse(
         model=model.name,
         version=model.number,
-        results=[_result(outcome, labels) for outcome in result.outcomes],
         timing=pb.Timing(
             queue_us=_us(timing.queue_s),
             decode_us=_us(timing.decode_s),
@@ -105,14 +106,22 @@ def _response(model: ServedModel, result: Result, total_s: float) -> pb.Classify
             total_us=_us(total_s),
         ),
     )
+    for outcome in result.outcomes:
+        _fill(response.results.add(), outcome, labels)
+    return response
 
 
-def _result(outcome: Answer | InvalidImageError, labels: tuple[str, ...]) -> pb.ImageResult:
+def _fill(message: pb.ImageResult, outcome: Answer | InvalidImageError, labels: tuple[str, ...]) -> None:
     if isinstance(outcome, InvalidImageError):
-        return pb.ImageResult(error=pb.ImageError(reason=_REASONS[outcome.reason], message=str(outcome)))
-    classes = [pb.Class(index=index, label=labels[index], score=score) for index, score in outcome.classes]
-    logits = None if outcome.logits is None else outcome.logits.tolist()
-    return pb.ImageResult(classification=pb.Classification(classes=classes, logits=logits))
+        message.error.reason = _REASONS[outcome.reason]
+        message.error.message = str(outcome)
+        return
+    classification = message.classification
+    classification.SetInParent()  # also where no class reaches the minimal score
+    for index, score in outcome.classes:
+        classification.classes.add(index=index, label=labels[index], score=score)
+    if outcome.logits is not None:
+        classification.logits.extend(outcome.logits.tolist())
 
 
 def _us(seconds: float) -> int:

@@ -1,0 +1,79 @@
+"""Copies for a shadow version: compared, bounded in number, and ended without a trace."""
+
+import asyncio
+import gc
+import warnings
+
+import pytest
+
+from service.errors import EngineError
+from service.metrics import Metrics
+from service.shadow import Shadow
+
+
+@pytest.fixture
+def metrics():
+    return Metrics()
+
+
+def counted(metrics):
+    outcomes = ("agree", "disagree", "failed", "skipped")
+    labels = [{"model": "grey", "version": "2", "outcome": outcome} for outcome in outcomes]
+    values = [metrics.registry.get_sample_value("convoy_shadow_images_total", each) for each in labels]
+    return {outcome: value for outcome, value in zip(outcomes, values, strict=True) if value is not None}
+
+
+async def found(*classes):
+    return classes
+
+
+async def failing():
+    raise EngineError("broken")
+
+
+async def settle(metrics, outcomes):
+    """Copies go on whenever the loop turns: a few turns end them."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert counted(metrics) == outcomes
+
+
+async def test_agreement_is_counted_by_image(metrics):
+    shadow = Shadow(metrics)
+    shadow.copy("grey", 2, [1, 2, None], found(1, 3, None))
+    await settle(metrics, {"agree": 2, "disagree": 1})
+    await shadow.close()
+
+
+async def test_a_copy_that_fails_is_counted_as_such(metrics):
+    shadow = Shadow(metrics)
+    shadow.copy("grey", 2, [1, 2], failing())
+    await settle(metrics, {"failed": 2})
+    await shadow.close()
+
+
+async def test_more_copies_than_may_be_under_way_are_skipped(metrics):
+    shadow, go = Shadow(metrics), asyncio.Event()
+
+    async def held():
+        await go.wait()
+        return [1]
+
+    for _ in range(20):
+        shadow.copy("grey", 2, [1], held())
+    assert counted(metrics) == {"skipped": 4}
+    go.set()
+    await settle(metrics, {"agree": 16, "disagree": 0, "skipped": 4})
+    await shadow.close()
+
+
+async def test_a_copy_that_never_began_ends_without_a_warning(metrics):
+    shadow = Shadow(metrics)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shadow.copy("grey", 2, [1], found(1))
+        await shadow.close()  # before the loop could begin it
+        gc.collect()
+
+    assert [str(each.message) for each in caught] == []
+    assert counted(metrics) == {}
