@@ -22,6 +22,12 @@ R = TypeVar("R")
 _CGROUP = Path("/sys/fs/cgroup")
 _BACKGROUND_NICE = 10
 
+# glibc's malloc.h and mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Above what a request allocates again and again (a decoded photo), below most of what a model does.
+_LARGE_BYTES = 1 << 20
+_KEPT_BYTES = 8 << 20
+
 
 def cpu_count(cgroup: Path = _CGROUP) -> int:
     """CPUs this process may use, at least 1: the smaller of its affinity and its cgroup's quota, rounded up.
@@ -70,6 +76,18 @@ def rss_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def return_large_blocks() -> None:
+    """Has the C library give large blocks back to the system when they are freed, where it can be told (glibc).
+
+    Left alone it learns from the first model it frees to keep blocks of up to 32 MiB in heaps, one for each of many
+    threads, and never trims the ends of those: memory grows with each reload until every heap has held a model.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def trim_memory() -> None:

@@ -321,6 +321,8 @@ def serve(settings: Settings) -> None:
     """
     import uvloop
 
+    resources.return_large_blocks()
+
     async def main() -> None:
         await Server(settings).run()
 

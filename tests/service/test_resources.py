@@ -1,6 +1,8 @@
 """CPUs as the cgroup grants them, and threads that leave them to others."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -73,3 +75,40 @@ def test_work_in_the_background_gives_way_and_leaves_its_caller_as_it_was():
 def test_what_fails_in_the_background_fails_its_caller():
     with pytest.raises(ZeroDivisionError):
         resources.in_background(divmod, 1, 0)
+
+
+# Prints the MiB that stay resident when four threads have each held a large block, as sessions do.
+LARGE_BLOCKS = """
+import ctypes, sys, threading
+from service import resources
+
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if sys.argv[1] == "told":
+    resources.return_large_blocks()
+
+def hold(meanwhile=lambda: None):
+    block = libc.malloc(24 << 20)
+    ctypes.memset(block, 1, 24 << 20)
+    meanwhile()
+    libc.free(block)
+
+hold()  # the C library learns that blocks of this size come and go
+before = resources.rss_bytes()
+together = threading.Barrier(4)
+threads = [threading.Thread(target=hold, args=(together.wait,)) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+resources.trim_memory()
+print((resources.rss_bytes() - before) >> 20)
+"""
+
+
+def resident_mib(*arguments):
+    command = [sys.executable, "-c", LARGE_BLOCKS, *arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+
+def test_large_blocks_go_back_to_the_system_whatever_the_c_library_has_learned():
+    assert resident_mib("untold") > 40  # what trimming alone leaves
+    assert resident_mib("told") < 8
