@@ -5,6 +5,7 @@ A second signal of the same kind is not held back.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,14 +74,16 @@ class Stoppable:
 def stoppable(checkpoint: str) -> Iterator[Stoppable]:
     """Within this block SIGTERM and Ctrl-C end in `InterruptedRunError`, after unfinished files have been removed.
 
-    Without a handler SIGTERM would end the process at once, or, where it is process 1 of a container, do nothing. Only
-    in the main thread.
+    Without a handler SIGTERM would end the process at once, or, where it is process 1 of a container, do nothing. Of
+    several processes each keeps the default: `torchrun` stops them so when one is lost, and the others may wait for it
+    in code where Python's handlers are not run. Only in the main thread.
 
     Args:
         checkpoint: name of the file in the run's folder from which it can be continued.
     """
     run = Stoppable()
-    before = signal.signal(signal.SIGTERM, _raise)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    before = signal.signal(signal.SIGTERM, _raise) if alone else signal.getsignal(signal.SIGTERM)
     try:
         yield run
     except KeyboardInterrupt as stop:

@@ -22,7 +22,7 @@ _NUMBER = click.IntRange(min=0)
 # Flag, setting, type (None: a switch), help.
 _FLAGS: tuple[tuple[str, str, click.ParamType[Any] | None, str], ...] = (
     ("--name", "name", click.STRING, "The model's name in the repository (default: the name of the DATA folder)."),
-    ("--model", "model.name", click.STRING, "Architecture (default lenet5); `convoy models-zoo` lists them."),
+    ("--model", "model.name", click.STRING, "Architecture (default lenet5); `convoy zoo` lists them."),
     ("--epochs", "loop.epochs", _COUNT, "Passes over the training images (default 30)."),
     ("--batch-size", "loop.batch_size", click.IntRange(min=2), "Images per step (default 64)."),
     ("--accumulate", "loop.accumulate", _COUNT, "Compute each batch in so many pieces, to save memory."),

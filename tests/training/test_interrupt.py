@@ -49,3 +49,10 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_with(tmp_path, begun):
     with pytest.raises(InterruptedRunError) as stopped:
         stopped_by(signal.SIGTERM, tmp_path if begun else None, [])
     assert stopped.value.folder is None
+
+
+def test_one_of_several_processes_can_be_ended_at_once(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    with stoppable("last.pt"):
+        assert signal.getsignal(signal.SIGTERM) is before

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from service import artifact
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, DataError
 from training import checkpoint
 from training.calibrate import calibration
 from training.config import Experiment
@@ -236,6 +236,51 @@ def test_trained_small_it_is_judged_and_served_at_the_input_size_and_resumes_to_
     resumed = run(*arguments, display(), resume=stopped.value.folder)
     assert identical(weights(whole.folder), weights(resumed.folder))
     assert resumed.evaluation.loss == whole.evaluation.loss
+
+
+class Terminating(Display):
+    """Sends its own process SIGTERM while images are read, or at a step of the export."""
+
+    def __init__(self, phase):
+        super().__init__(Console(file=io.StringIO(), width=120))
+        self.phase = phase
+
+    def reached(self, phase):
+        if phase.startswith(self.phase):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextmanager
+    def reading(self, files, what="images"):
+        with super().reading(files, what):
+            yield lambda _: self.reached("reading")
+
+    @contextmanager
+    def working(self, step):
+        with super().working(step):
+            yield self.reached
+
+
+def test_stopped_outside_of_the_loop_nothing_half_done_is_left(digit_folder, tmp_path):
+    tree = {**TREE, "loop": {**TREE["loop"], "epochs": 1}, "data": {"cache": "disk"}, "export": {"variants": []}}
+    arguments = (Experiment.model_validate(tree), digit_folder, tmp_path / "models", tmp_path / "runs")
+    with pytest.raises(InterruptedRunError) as stopped:
+        run(*arguments, Terminating("reading"))
+    assert stopped.value.folder is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    with pytest.raises(InterruptedRunError) as stopped:
+        run(*arguments, Terminating("Writing the model card"))
+    assert (stopped.value.signal, stopped.value.folder) == (signal.SIGTERM, tmp_path / "runs" / "digits" / "1")
+    assert not list((tmp_path / "models").iterdir())
+    assert run(*arguments, display(), resume=stopped.value.folder).version.name == "1"
+
+
+def test_few_images_are_refused_with_advice(digit_folder, tmp_path):
+    for label, count in (("0", 2), ("1", 9)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for file in sorted((digit_folder / label).iterdir())[:count]:
+            (tmp_path / "images" / label / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match=r"class 0 has only 2 usable training images, and 3 are needed; add images, or"):
+        run(Experiment.model_validate(TREE), tmp_path / "images", tmp_path / "models", tmp_path / "runs", display())
 
 
 def test_what_would_fail_at_the_end_fails_at_the_start(digit_folder, tmp_path):
