@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from service import resources
 from service.artifact import ModelVersion
 from service.engine import Engine
 from service.errors import ArtifactError
@@ -14,7 +15,8 @@ from service.preprocess import Pixels, preprocess
 def check(version: ModelVersion, engine: Engine) -> float:
     """Runs the canary on an engine that nobody else uses yet.
 
-    It covers the whole path: the files, the decoder, the resize rule, the provider and its precision.
+    It covers the whole path: the files, the decoder, the resize rule, the provider and its precision. The engine runs
+    in the background: other models are being served.
 
     Returns:
         The largest absolute difference of a probability.
@@ -23,9 +25,12 @@ def check(version: ModelVersion, engine: Engine) -> float:
         ArtifactError: it is above the version's tolerance, or not finite.
     """
     images = pixels(version)
+    return compare(version, resources.in_background(_probabilities, engine, images), engine)
+
+
+def _probabilities(engine: Engine, images: Pixels) -> NDArray[np.float32]:
     step = engine.buckets[-1]
-    found = [engine.infer([images[i : i + step]]).probabilities for i in range(0, len(images), step)]
-    return compare(version, np.concatenate(found), engine)
+    return np.concatenate([engine.infer([images[i : i + step]]).probabilities for i in range(0, len(images), step)])
 
 
 def pixels(version: ModelVersion) -> Pixels:

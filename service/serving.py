@@ -144,10 +144,11 @@ def load(
         ArtifactError, ProviderError, EngineError: it cannot be served.
     """
     began = time.monotonic()
-    version = resources.in_background(artifact.load, path)
+    version = artifact.unverified(path)
+    resources.in_background(artifact.verify, version)
     engines = list(build(version))
     try:
-        difference = max(resources.in_background(canary.check, version, engine) for engine in engines)
+        difference = max(canary.check(version, engine) for engine in engines)
     except BaseException:
         for engine in engines:
             engine.close()
