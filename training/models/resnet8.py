@@ -2,8 +2,9 @@
 
 It puts together what the records for CIFAR-10 rest on (Page, "How to Train Your ResNet", 2018; Jordan, "94% on CIFAR-10
 in 3.29 Seconds", arXiv:2404.00498): a whitening 2x2 convolution as the stem, pooling right after the convolution that
-widens, convolutions that start as the identity, logits scaled down. Here the second convolution of each stage is a
-residual branch, and rectifiers stand in place of GELU: they quantise to int8 without loss.
+widens, convolutions that start as the identity, shifts that learn faster, logits scaled down. Here the second
+convolution of each stage is a residual branch, and rectifiers stand in place of GELU: they quantise to int8 without
+loss.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from training.models.architecture import Architecture, Classifier, Config, optio
 from training.models.layers import scaled
 
 _LOGIT_SCALE = 0.125  # keeps the softmax soft while the head's weights are still random
+_SHIFT_SCALE = 8.0  # the step of what is multiplied grows with its square
 _LEAST_VARIANCE = 5e-4  # added to the variances, so that directions without any are not blown up
 
 
@@ -38,13 +40,20 @@ class ResNet8Config(Config):
 class ShiftNorm(nn.BatchNorm2d):
     """BatchNorm that learns a shift but no scale: `weight` is a constant 1.
 
-    As the scale is positive, the normalisation can change places with a maximum.
+    As the scale is positive, the normalisation can change places with a maximum. The shift is a multiple of `bias`, by
+    which it learns 64 times as fast under SGD (Jordan's figure).
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         del self.weight
         self.register_buffer("weight", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32[N, channels, H, W] to the same shape."""
+        shift = _SHIFT_SCALE * self.bias
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        return functional.batch_norm(x, mean, var, self.weight, shift, self.training, momentum, self.eps)
 
 
 class Convolution(nn.Module):
