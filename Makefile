@@ -54,6 +54,10 @@ bench: $(DEV) ## measure the service against the floor of this machine
 soak: $(DEV) ## reload a model every second under load: errors, latency, memory
 	@$(BIN)/python tests/benchmarks/reloads.py
 
+.PHONY: architectures
+architectures: $(DEV) ## train a little, export and serve every architecture at its default size
+	@$(BIN)/python tests/benchmarks/architectures.py
+
 .PHONY: accuracy
 accuracy: $(DEV) ## 5-fold accuracy of the demo's recipe on the digits
 	@$(BIN)/python tests/benchmarks/digits_kfold.py

@@ -14,6 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 TILE = (400, 300)
+# Columns and rows that each source is divided into: ten places in all.
+PLACES = ((3, 1), (3, 1), (2, 2))
 
 
 def small(count: int, size: tuple[int, int] = (500, 375), seed: int = 0) -> list[bytes]:
@@ -46,6 +48,21 @@ def large(count: int, size: tuple[int, int] = (4000, 3000), seed: int = 1) -> li
         else:
             image = _crop(originals[index % len(originals)], (500, 375), rng).resize(size, Image.Resampling.BICUBIC)
         result.append(_jpeg(_noisy(image, rng, 3.0), rng))
+    return result
+
+
+def places(each: int, seed: int = 2) -> dict[str, list[bytes]]:
+    """Ten classes: places in the three photos, and for each place so many crops of 160 to 200 pixels."""
+    rng = np.random.default_rng(seed)
+    result: dict[str, list[bytes]] = {}
+    for original, (columns, rows) in zip(sources(), PLACES, strict=True):
+        width, height = original.width // columns, original.height // rows
+        for left in range(0, columns * width, width):
+            for top in range(0, rows * height, height):
+                place = original.crop((left, top, left + width, top + height))
+                sides = rng.integers(160, 201, (each, 2)).tolist()
+                crops = [_noisy(_crop(place, (side, other), rng), rng, 2.0) for side, other in sides]
+                result[f"place{len(result)}"] = [_jpeg(crop, rng) for crop in crops]
     return result
 
 

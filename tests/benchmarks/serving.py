@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,12 +110,21 @@ def running(command, port_of):
             [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         try:
-            address = next(found for line in process.stdout if (found := port_of(line)))
+            address = _address(process.stdout, port_of)
             threading.Thread(target=lambda: trash.writelines(process.stdout), daemon=True).start()
             yield address
         finally:
             process.terminate()
             process.wait(60)
+
+
+def _address(lines, port_of):
+    said = deque(maxlen=5)
+    for line in lines:
+        said.append(line)
+        if found := port_of(line):
+            return found
+    raise click.ClickException(f"the server ended before it was ready:\n{''.join(said)}")
 
 
 def convoy(repository, *flags):
