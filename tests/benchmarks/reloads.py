@@ -303,22 +303,28 @@ async def everything(folder, neighbour, rounds, seconds, reloads, console):
             rates = [SHARE / 2 * await capacity(send) for send in senders]
             console.print(f"{RELOADED}: {rates[0]:.1f} requests/s, {neighbour}: {rates[1]:.1f} requests/s")
             bench = Bench(senders, rates, admin, pid)
-            quiet, busy = await bench.rounds(rounds, seconds)
-            in_rounds, lags_s = len(admin.seconds), list(bench.lags_s)
+            found = in_turn(list(models), *await bench.rounds(rounds, seconds))
+            found["on time"] = len(admin.seconds) * EVERY_S / (rounds * seconds)
+            found["generator_lag_ms"] = float(np.percentile(bench.lags_s, 99)) * 1e3
+            found["reload_s"] = list(admin.seconds)
+            show(console, found)
             readings = await bench.memory(reloads)
-    return {
-        "models": list(models),
+    return found | {
         "rates": rates,
-        "rounds": [[latency(*pair) for pair in zip(*both, strict=True)] for both in zip(quiet, busy, strict=True)],
-        "all": [latency(joined(quiet, which), joined(busy, which)) for which in range(len(models))],
         "answers": [dict(each.outcomes) for each in answers],
         "not right": sum(each.outcomes.total() - each.outcomes["right"] for each in answers),
         "apart": distinguishable(answers[0]),
-        "on time": in_rounds * EVERY_S / (rounds * seconds),
-        "reload_s": admin.seconds,
-        "generator_lag_ms": float(np.percentile(lags_s, 99)) * 1e3,
         "rss_kib": readings,
         "rise_kib": rise(readings[SETTLED:]),
+    }
+
+
+def in_turn(models, quiet, busy):
+    """Latencies of each round and of all of them, for each model."""
+    return {
+        "models": models,
+        "rounds": [[latency(*pair) for pair in zip(*both, strict=True)] for both in zip(quiet, busy, strict=True)],
+        "all": [latency(joined(quiet, which), joined(busy, which)) for which in range(len(models))],
     }
 
 
@@ -337,7 +343,7 @@ def joined(rounds, which):
 
 
 def show(console, found):
-    """Latencies of each round."""
+    """Latencies of each round, and how long reloads took."""
     table = Table("p50, p99 in ms", "requests", "no reloads", "a reload a second", "p99 ratio")
     for name, total, *each in zip(found["models"], found["all"], *found["rounds"], strict=True):
         for title, row in [*((f"{name}, round {number}", one) for number, one in enumerate(each, 1)), (name, total)]:
@@ -388,7 +394,6 @@ def main(folder, neighbour, rounds, seconds, reloads, file):
     for name, number in [*((RELOADED, number) for number in VERSIONS), (neighbour, 1)]:
         bench_models.benchmark_model(folder, name, number)
     found = uvloop.run(everything(folder, neighbour, rounds, seconds, reloads, console))
-    show(console, found)
     holds = judge(console, found)
     if file:
         file.write_text(json.dumps(found, indent=2) + "\n")
