@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
@@ -69,4 +70,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     chosen = settings.load(config, given)
     logs.configure(chosen.log_level, chosen.log_format)
+    # What was imported lives as long as the process; without this every full collection looks at all of it, and all
+    # requests wait.
+    gc.freeze()
     run(chosen)

@@ -40,14 +40,15 @@ def benchmark_model(folder: Path, name: str, number: int = 1) -> Path:
         return version
     torch.manual_seed(number - 1)
     entry = describe(name)
-    model = create(name, in_channels=entry.input.channels).eval()
+    classes = entry.config.num_classes
+    model = create(name, classes, entry.input.channels).eval()
     paths = sorted(photo_folder(folder).glob("*.jpg"))
     pixels = np.stack([preprocess(path.read_bytes(), entry.input) for path in paths])
     trained = Trained(
         model=model,
         name=name,
         architecture=name,
-        classes=tuple(f"class {index}" for index in range(1000)),
+        classes=tuple(f"class {index}" for index in range(classes)),
         input=entry.input,
         mean=entry.mean,
         std=entry.std,
