@@ -55,16 +55,28 @@ def test_normalising_before_the_pooling_changes_no_number(photos):
     torch.testing.assert_close(widen(x), pooled_first)
 
 
+def test_with_mirror_an_image_and_its_mirror_image_get_one_answer_after_training(photos):
+    torch.manual_seed(0)
+    plain, mirrored = create("resnet8", 10), create("resnet8", 10, mirror=True)
+    mirrored.load_state_dict(plain.state_dict())
+    assert torch.equal(plain(photos), mirrored(photos))
+    plain.eval(), mirrored.eval()
+    torch.testing.assert_close(mirrored(photos), (plain(photos) + plain(photos.flip(3))) / 2)
+    torch.testing.assert_close(mirrored(photos.flip(3)), mirrored(photos))
+    assert not torch.allclose(plain(photos.flip(3)), plain(photos))
+
+
 def test_the_widening_convolutions_start_as_the_identity(photos):
     stage = create("resnet8", 10).stage2
     x = torch.rand(2, 64, 15, 15)
     torch.testing.assert_close(stage.widen.conv(x)[:, :64], x)
 
 
-def test_normalisation_is_folded_into_the_exported_convolutions(photos):
+@pytest.mark.parametrize(("options", "convolutions"), [({}, 7), ({"mirror": True}, 14)])
+def test_normalisation_is_folded_into_the_exported_convolutions(options, convolutions):
     entry = describe("resnet8")
-    model = create("resnet8", 10)
+    model = create("resnet8", 10, **options)
     graph = to_onnx(Servable(model, entry.mean, entry.std, temperature=1.0), entry.input)
     operators = [node.op_type for node in graph.graph.node]
-    assert operators.count("Conv") == 7
+    assert operators.count("Conv") == convolutions
     assert "BatchNormalization" not in operators
