@@ -114,18 +114,17 @@ class ResNet8(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         """float32[N, C, H, W] to logits float32[N, K]; the shapes are those of 32x32 at width 1."""
         self.check_batch(x)  # [N, 3, 32, 32]
-        if self.config.mirror and not self.training:
-            return (self._logits(x) + self._logits(x.flip(3))) / 2  # [N, K]
-        return self._logits(x)  # [N, K]
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """float32[N, C, H, W] to logits float32[N, K] of the images as they are."""
+        mirror = self.config.mirror and not self.training
+        if mirror:
+            x = torch.cat((x, x.flip(3)))  # [2N, 3, 32, 32], and so on to the logits
         x = functional.relu(self.stem(x), inplace=True)  # [N, 24, 31, 31]
         x = self.stage1(x)  # [N, 64, 15, 15]
         x = self.stage2(x)  # [N, 256, 7, 7]
         x = self.stage3(x)  # [N, 256, 3, 3]
         x = x.amax((2, 3))  # [N, 256]
         logits: Tensor = self.fc(self.dropout(x)) * _LOGIT_SCALE  # [N, K]
+        if mirror:
+            logits = logits.reshape(2, -1, self.config.num_classes).mean(0)  # [N, K]
         return logits
 
     @torch.no_grad()
