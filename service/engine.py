@@ -70,7 +70,7 @@ class OrtEngine:
         plan: as given.
         variant: as given.
         buckets: as given.
-        measured_s: seconds of each bucket, after `warm_up`.
+        measured_s: seconds of each bucket, after `warm_up`; some are interpolated.
     """
 
     def __init__(self, runner: Runner, plan: Plan, variant: str, buckets: Sequence[int]) -> None:
@@ -106,13 +106,19 @@ class OrtEngine:
     def warm_up(self) -> None:
         """Runs every bucket until nothing about it is new, and measures it, so that no request pays for a first time.
 
-        The largest goes first: the arena then grows once.
+        The largest goes first: the arena then grows once. The CPU provider compiles nothing and its time grows evenly
+        with the images: there, of the buckets between two powers of two, only the time is worked out.
         """
-        for bucket in reversed(self.buckets):
+        sizes = [bucket for bucket in self.buckets if self.provider != CPU or _power_of_two(bucket)]
+        times_s = {}
+        for bucket in sorted({*sizes, self.buckets[-1]}, reverse=True):
             for _ in range(self._cold_runs(bucket)):
                 self._run(bucket)
             took_s = self._timed(bucket)
-            self.measured_s[bucket] = took_s if took_s > _QUICK_S else min(took_s, self._timed(bucket))
+            times_s[bucket] = took_s if took_s > _QUICK_S else min(took_s, self._timed(bucket))
+        seen = sorted(times_s)
+        between = np.interp(self.buckets, seen, [times_s[bucket] for bucket in seen])
+        self.measured_s = dict(zip(self.buckets, between.tolist(), strict=True))
         self._run(self.buckets[0], last_of_warm_up=True)
 
     def follow(self, leader: OrtEngine) -> None:
@@ -128,7 +134,7 @@ class OrtEngine:
         """Runs of a bucket, in the order of the warm-up, that are slower than those after them."""
         if self.provider in GPU_PROVIDERS:
             return 2  # the first allocates, the second captures a CUDA graph
-        # The CPU provider compiles nothing; all that is ever new to it is memory.
+        # All that is ever new to the CPU provider is memory, and the largest has taken it.
         return int(self.provider != CPU or bucket == self.buckets[-1])
 
     def _timed(self, bucket: int) -> float:
@@ -234,3 +240,7 @@ def warm_up(engines: Sequence[OrtEngine]) -> None:
         ]
         for future in warming:
             future.result()
+
+
+def _power_of_two(size: int) -> bool:
+    return size.bit_count() == 1
