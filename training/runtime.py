@@ -127,6 +127,8 @@ def usable(provider: str) -> bool:
 def _options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
+    # Threads that spin after a run take the cores from the next session, when two are compared in turns.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
