@@ -33,6 +33,15 @@ def stopped_by(number, folder, cleaned):
             cleaned.append(True)
 
 
+@pytest.fixture
+def in_the_foreground():
+    """Shells let jobs in the background ignore Ctrl-C, and a test run may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_outside_of_the_loop_a_signal_cleans_up_and_tells_where_to_go_on(tmp_path, number):
     before, cleaned = signal.getsignal(signal.SIGTERM), []
