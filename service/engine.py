@@ -118,7 +118,8 @@ class OrtEngine:
             times_s[bucket] = took_s if took_s > _QUICK_S else min(took_s, self._timed(bucket))
         seen = sorted(times_s)
         between = np.interp(self.buckets, seen, [times_s[bucket] for bucket in seen])
-        self.measured_s = dict(zip(self.buckets, between.tolist(), strict=True))
+        # In place: those who follow share it, and may have begun to.
+        self.measured_s.update(zip(self.buckets, between.tolist(), strict=True))
         self._run(self.buckets[0], last_of_warm_up=True)
 
     def follow(self, leader: OrtEngine) -> None:
