@@ -25,7 +25,7 @@ from torch.nn import functional
 from training.batches import Examples, MemorySource
 from training.config import Experiment
 from training.distributed import Group
-from training.models import create
+from training.models import create, describe
 from training.phases import Phase
 from training.pixels import Normaliser
 from training.precision import autocast, fastest
@@ -93,7 +93,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12)
     chosen = parser.parse_args()
-    options = {"small_images": True} if chosen.model.startswith("resnet") else {}
+    known = {option.name for option in describe(chosen.model).options}
+    options = {"small_images": True} if "small_images" in known else {}
     ours, precision = our_loop(chosen.model, options, chosen.batch, chosen.steps)
     loops = {
         "plain": bare_loop(chosen.model, options, chosen.batch, "float32", channels_last=False),
