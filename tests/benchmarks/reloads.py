@@ -22,6 +22,7 @@ import asyncio
 import itertools
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -392,6 +393,7 @@ def judge(console, found):
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything measured here.")
 def main(folder, neighbour, rounds, seconds, reloads, file):
     """Reload a model every second under load, and look at its neighbour, the answers and the memory."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the server ends, too
     console = Console(width=120)
     for name, number in [*((RELOADED, number) for number in VERSIONS), (neighbour, 1)]:
         bench_models.benchmark_model(folder, name, number)
