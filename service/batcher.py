@@ -361,8 +361,10 @@ class Batcher(Generic[P, R]):
                 continue
             job.results.append((part.start, batch.results[number]))
             job.finished += part.stop - part.start
-            if job.finished == job.size and not job.future.done():
-                late += batch.ended > job.deadline
+            if job.finished < job.size:
+                continue
+            late += batch.ended > job.deadline  # also where its caller did not wait any longer than that
+            if not job.future.done():
                 job.future.set_result(job)
         if late:
             self._observer.late(late)

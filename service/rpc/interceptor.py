@@ -19,6 +19,7 @@ from service import logs
 from service.errors import ConvoyError, DrainingError, EngineError, UnavailableError
 from service.metrics import Metrics
 from service.rpc import status
+from service.rpc.failures import FailureLog
 from service.rpc.inbox import Inbox, Streamed, arrived
 
 REQUEST_ID = "x-request-id"
@@ -78,10 +79,12 @@ class Around(aio.ServerInterceptor):
 
     Attributes:
         arrivals: of calls to unary methods.
+        failures: where those that fail are logged.
     """
 
     def __init__(self, metrics: Metrics, inbox: Inbox) -> None:
         self.arrivals = Arrivals()
+        self.failures = FailureLog()
         self._metrics = metrics
         self._inbox = inbox
         self._handlers: dict[str, Any] = {}  # by method path; only methods that exist get in
@@ -109,7 +112,7 @@ class Around(aio.ServerInterceptor):
             )
         else:
             watched = grpc.stream_unary_rpc_method_handler(
-                _Watched(path, handler, self._metrics, self.arrivals, self._inbox).handle,
+                _Watched(path, handler, self._metrics, self.arrivals, self.failures, self._inbox).handle,
                 response_serializer=handler.response_serializer,
             )
         self._handlers[path] = watched
@@ -119,9 +122,12 @@ class Around(aio.ServerInterceptor):
 class _Watched:
     """One method of the API, with everything around it."""
 
-    def __init__(self, path: str, handler: Any, metrics: Metrics, arrivals: Arrivals, inbox: Inbox) -> None:
+    def __init__(
+        self, path: str, handler: Any, metrics: Metrics, arrivals: Arrivals, failures: FailureLog, inbox: Inbox
+    ) -> None:
         _, service, self._name = path.split("/", 2)
         self._inbox = inbox
+        self._failures = failures
         self._arrivals = None if service == health.SERVICE_NAME else arrivals
         self._method: Method = handler.unary_unary
         self._parse: Callable[[bytes], Any] = handler.request_deserializer
@@ -175,7 +181,7 @@ class _Watched:
             handled = self._by_code[code] = self._handled.labels(*self._labels, _camel(code))
         handled.inc()
         if code is not grpc.StatusCode.OK:
-            _log.info("rpc failed", code=code.name, duration_ms=round(elapsed_s * 1000, 2))
+            self._failures.failed(code.name, round(elapsed_s * 1000, 2))
 
 
 def _code_of_cancellation(context: Context) -> grpc.StatusCode:

@@ -78,9 +78,8 @@ class Listener:
         self._health = health.aio.HealthServicer()
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         self._inbox = Inbox(options.message_timeout_s, options.max_unsent_calls)
-        around = Around(metrics, self._inbox)
-        self._arrivals = around.arrivals
-        self._server = acceptor.server([around], _channel_options(options))
+        self._around = Around(metrics, self._inbox)
+        self._server = acceptor.server([self._around], _channel_options(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -116,11 +115,13 @@ class Listener:
         """
         began = time.monotonic()
         patience_s = min(_PATIENCE_S, grace_s / 4)
-        if grace_s and not await self._arrivals.quiet(_QUIET_S, patience_s):
-            self._arrivals.refuse()
-            await self._arrivals.quiet(_QUIET_S, patience_s)
+        arrivals = self._around.arrivals
+        if grace_s and not await arrivals.quiet(_QUIET_S, patience_s):
+            arrivals.refuse()
+            await arrivals.quiet(_QUIET_S, patience_s)
         self._inbox.close()
         await self._server.stop(max(0.0, began + grace_s - time.monotonic()))
+        self._around.failures.close()
 
     async def _set(self, state: int, *names: str) -> None:
         for name in names:

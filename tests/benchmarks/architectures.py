@@ -246,7 +246,7 @@ def serve(repository: Path, group: dict[str, Expected], rows: dict[str, Row]) ->
     """Classifies every model's test images over gRPC, one server process for all models of the group."""
     server = convoy(repository, "--models", ",".join(group), "--variant", "fp32", "--providers", "cpu")
     try:
-        with server as address, Client(address, timeout_s=DEADLINE_S) as client:
+        with server as places, Client(places.grpc, timeout_s=DEADLINE_S) as client:
             for name, expected in group.items():
                 started = time.monotonic()
                 compare(client, name, expected, rows[name])

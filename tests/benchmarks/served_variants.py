@@ -67,7 +67,7 @@ def main(data, repository, model, split, rounds, seconds):
         for number, (file, _) in enumerate(images[:500]):
             (some / f"{number:03d}{file.suffix}").symlink_to(file.resolve())
         servers = {
-            name: stack.enter_context(serving.convoy(repository, "--models", model, "--variant", name))
+            name: stack.enter_context(serving.convoy(repository, "--models", model, "--variant", name)).grpc
             for name in names
         }
         reached = {name: accuracy(address, model, images) for name, address in servers.items()}

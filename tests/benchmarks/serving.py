@@ -18,14 +18,17 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import bench_models
 import click
 import numpy as np
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -104,7 +107,7 @@ def best_pipeline(version, provider, variant, images, console):
 
 @contextmanager
 def running(command, port_of):
-    """A server process; yields its address once `port_of` finds it in a line of its output."""
+    """A server process; yields where it listens, once `port_of` finds that in a line of its output."""
     with tempfile.TemporaryFile("w+") as trash:
         process = subprocess.Popen(
             [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -127,14 +130,24 @@ def _address(lines, port_of):
     raise click.ClickException(f"the server ended before it was ready:\n{''.join(said)}")
 
 
+class Places(NamedTuple):
+    """Where a server listens."""
+
+    grpc: str
+    http: str
+
+
 def convoy(repository, *flags):
-    """A `convoy serve` on a free port."""
+    """A `convoy serve` on free ports; yields its `Places`."""
     command = ["-m", "service", "serve", "--repository", repository, "--port", "0", "--http-port", "0"]
     return running([*command, "--log-format", "json", *flags], _ready)
 
 
 def _ready(line):
-    return json.loads(line)["grpc"] if '"event": "ready"' in line else None
+    if '"event": "ready"' not in line:
+        return None
+    said = json.loads(line)
+    return Places(said["grpc"], said["http"])
 
 
 def script(name, *arguments):
@@ -184,12 +197,12 @@ def photos_on(model, folder, rounds, seconds, variant, console):
         script("echo_server.py") as echo,
         script("textbook_server.py", version.file(artifact.MODEL), spec.height, spec.resize.shorter_side) as textbook,
     ):
-        provider, file = served_by(service)
+        provider, file = served_by(service.grpc)
         console.print(f"{model}: the service runs {file} on {provider}")
         pipeline = best_pipeline(version, provider, file, images, console)
         for _ in range(rounds):
             rates["pipeline"].append(pipeline.rate(images, FLOOR_S))
-            rates["service"].append(closed(service, photo_folder, seconds=seconds))
+            rates["service"].append(closed(service.grpc, photo_folder, seconds=seconds))
             rates["echo"].append(closed(echo, photo_folder, seconds=min(seconds, 3)))
             rates["textbook"].append(closed(textbook, photo_folder, seconds=seconds))
         overload = overloaded(service, photo_folder, statistics.median(rates["service"]))
@@ -210,13 +223,36 @@ def served_by(address):
         return model.summary.provider, file
 
 
-def overloaded(address, images, capacity, deadline_ms=200, seconds=10):
-    """Open loop at 3 and 0.7 times the capacity, and unloaded."""
-    return {
+def overloaded(service, images, capacity, deadline_ms=200, seconds=10):
+    """Open loop at 3 and 0.7 times the capacity, and unloaded; what the server counted during the first of them."""
+    address = service.grpc
+    found = {
         "capacity": capacity,
-        "unloaded": load(address, images, seconds=5, concurrency=1, deadline_ms=20_000),
+        "unloaded": load(address, images, seconds=seconds, concurrency=1, deadline_ms=20_000),
         "at 0.7": load(address, images, seconds=seconds, rate=0.7 * capacity, deadline_ms=5000),
-        "at 3": load(address, images, seconds=seconds, rate=3 * capacity, deadline_ms=deadline_ms),
+    }
+    before = counted(service.http)
+    found["at 3"] = load(address, images, seconds=seconds, rate=3 * capacity, deadline_ms=deadline_ms)
+    after = counted(service.http)
+    found["server"] = {name: after[name] - before[name] for name in after} | {"rss": [before["rss"], after["rss"]]}
+    return found
+
+
+def counted(address):
+    """What a server has run, run too late and refused so far, and its memory in bytes."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+
+    def total(name, **labels):
+        return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
+
+    return {
+        "ran": total("convoy_batch_size_sum"),
+        "late": total("convoy_late_total", stage="infer"),
+        "refused on arrival": total("convoy_shed_total"),
+        "dropped from a queue": total("convoy_dropped_total"),
+        "rss": total("process_resident_memory_bytes"),
     }
 
 
@@ -239,9 +275,9 @@ def small_model(folder, rounds, seconds):
     with convoy(folder / "models", "--models", "lenet5") as service, script("echo_server.py") as echo:
         for _ in range(rounds):
             rates["echo"].append(closed(echo, images, seconds=seconds))
-            rates["service"].append(closed(service, images, seconds=seconds))
+            rates["service"].append(closed(service.grpc, images, seconds=seconds))
             rates["service, 64 per request"].append(
-                closed(service, images, seconds=seconds, images_per_request=64, in_flight=8)
+                closed(service.grpc, images, seconds=seconds, images_per_request=64, in_flight=8)
             )
     return rates
 
@@ -265,18 +301,22 @@ def show(console, title, rates, pairs):
 
 
 def show_overload(console, overload):
-    unloaded, mild, heavy = overload["unloaded"], overload["at 0.7"], overload["at 3"]
+    unloaded, mild, heavy, server = (overload[key] for key in ("unloaded", "at 0.7", "at 3", "server"))
+    calm, busy = (level["percentiles_ms"]["p99"] for level in (unloaded, mild))
     console.print(
-        f"at 0.7 of capacity: p99 {mild['percentiles_ms']['p99']:.1f} ms, unloaded p99 "
-        f"{unloaded['percentiles_ms']['p99']:.1f} ms, ratio "
-        f"{mild['percentiles_ms']['p99'] / unloaded['percentiles_ms']['p99']:.2f}"
+        f"at 0.7 of capacity: p99 {busy:.1f} ms, unloaded p99 {calm:.1f} ms, ratio {busy / calm:.2f}", soft_wrap=True
     )
+    refusals = heavy["failures"].get("UNAVAILABLE", {"count": 0, "p50_ms": 0.0})
+    before, after = server["rss"]
     console.print(
         f"at 3 times capacity, deadline 200 ms: goodput {heavy['goodput']:.1f}/s = "
         f"{heavy['goodput'] / overload['capacity']:.2f} of capacity; p99 of the answered "
-        f"{heavy['percentiles_ms']['p99']:.1f} ms"
+        f"{heavy['percentiles_ms']['p99']:.1f} ms; {server['late']:.0f} of {server['ran']:.0f} ran too late "
+        f"({server['late'] / max(1, server['ran']):.1%}); refusals {refusals['p50_ms']:.1f} ms in the median; memory "
+        f"{before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after",
+        soft_wrap=True,
     )
-    console.print(f"failures: {json.dumps(heavy['failures'])}")
+    console.print(f"failures: {json.dumps(heavy['failures'])}", soft_wrap=True)
 
 
 @click.command()

@@ -1,5 +1,7 @@
 """What is learned of batch times, and the batch sizes chosen by it."""
 
+from random import Random
+
 import pytest
 
 from service.latency import LatencyTable
@@ -20,14 +22,61 @@ def test_a_batch_is_padded_to_the_next_bucket(images, bucket):
     assert LatencyTable(BUCKETS).bucket(images) == bucket
 
 
+def with_fixed_cost(seconds=0.01):
+    return LatencyTable(BUCKETS, {bucket: seconds + bucket * 0.01 for bucket in BUCKETS})
+
+
+def test_where_company_gains_nothing_images_run_alone():
+    """In a batch of eight the first image would wait for seven others, and the last be no sooner."""
+    assert [linear().best_batch(waiting) for waiting in (1, 3, 5, 7, 9, 100)] == [1] * 6
+
+
+def test_company_that_gains_little_is_no_reason_to_wait_for_it():
+    table = LatencyTable(BUCKETS, {bucket: 0.001 + bucket * 0.01 for bucket in BUCKETS})
+
+    assert table.best_batch(32) == 1
+
+
 def test_where_padding_costs_a_smaller_full_bucket_is_taken():
-    assert [linear().best_batch(waiting) for waiting in (1, 3, 5, 7, 9)] == [1, 2, 4, 4, 8]
+    assert [with_fixed_cost().best_batch(waiting) for waiting in (1, 3, 5, 9)] == [1, 2, 4, 8]
 
 
 def test_where_padding_is_nearly_full_it_is_taken_when_the_fixed_cost_is_saved():
-    table = LatencyTable(BUCKETS, {bucket: 0.05 + bucket * 0.01 for bucket in BUCKETS})
+    assert with_fixed_cost(0.05).best_batch(15) == 15
 
-    assert table.best_batch(7) == 7
+
+def test_the_last_percents_are_not_worth_a_batch_of_twice_the_size():
+    table = LatencyTable(BUCKETS, {1: 0.01, 2: 0.012, 4: 0.016, 8: 0.025, 16: 0.048, 32: 0.095})
+
+    assert table.best_batch(32) == 8
+
+
+def test_chance_in_what_was_seen_makes_no_batches():
+    """Neighbours make some batches far longer. What they cost on average says nothing about sizes."""
+    table, random = linear(), Random(7)
+    sizes = []
+    for _ in range(3000):
+        waiting = random.choice((1, 1, 1, 2, 3, 5, 9, 30))
+        sizes.append(table.best_batch(waiting))
+        table.observe(sizes[-1], sizes[-1] * 0.01 * random.choice((1, 1, 1.1, 1.3, 1.8, 4)))
+
+    assert set(sizes) == {1}
+
+
+def test_a_device_that_turns_out_to_like_company_gets_it():
+    table = LatencyTable(BUCKETS, {bucket: bucket * 0.01 for bucket in BUCKETS})
+    for _ in range(30):
+        table.observe(8, 0.02)
+
+    assert table.best_batch(8) == 8
+
+
+def test_a_device_that_turns_out_not_to_like_company_gets_none():
+    table = flat()
+    for _ in range(1000):
+        table.observe(table.best_batch(8), table.best_batch(8) * 0.01)
+
+    assert table.best_batch(8) == 1
 
 
 def test_where_padding_is_free_everything_is_taken():
@@ -35,7 +84,7 @@ def test_where_padding_is_free_everything_is_taken():
 
 
 def test_never_more_than_the_largest_bucket():
-    assert (linear().best_batch(1000), flat().best_batch(1000), linear().largest) == (32, 32, 32)
+    assert (with_fixed_cost(0.05).best_batch(1000), flat().best_batch(1000), linear().largest) == (32, 32, 32)
 
 
 def test_a_table_that_knows_nothing_takes_everything():

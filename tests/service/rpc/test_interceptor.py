@@ -10,6 +10,8 @@ from convoy.v1 import image_classifier_pb2 as pb
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.rpc import failures
+
 SERVICE = "convoy.v1.ImageClassifier"
 
 
@@ -113,13 +115,13 @@ async def test_ids_do_not_leak_from_one_call_into_another(stand):
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
         calls = [
             stand.stub.Classify(pb.ClassifyRequest(model=f"no-{n}"), metadata=(("x-request-id", f"id-{n}"),))
-            for n in range(20)
+            for n in range(failures.LINES_PER_SECOND)
         ]
         results = await asyncio.gather(*calls, return_exceptions=True)
         await settle(stand)
 
     assert all(f"no-{n}" in error.details() for n, error in enumerate(results))
-    assert sorted(line["request_id"] for line in lines) == sorted(f"id-{n}" for n in range(20))
+    assert sorted(line["request_id"] for line in lines) == sorted(f"id-{n}" for n in range(failures.LINES_PER_SECOND))
 
 
 async def test_calls_are_counted_by_code(stand):
@@ -180,3 +182,36 @@ async def test_a_deadline_that_passes_in_the_batch_is_counted_as_such(stand):
 
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await eventually(lambda: handled(stand, OK=1, DeadlineExceeded=1))
+
+
+async def test_of_many_failures_only_some_have_a_line_each_and_the_rest_a_number(monkeypatch):
+    monkeypatch.setattr(failures, "_SECOND", 0.2)
+    log = failures.FailureLog()
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(failures.LINES_PER_SECOND + 5):
+            log.failed("UNAVAILABLE", 1.0)
+        log.failed("INTERNAL", 1.0)
+        await eventually(lambda: summed_up(lines, 5))
+        log.failed("UNAVAILABLE", 1.0)  # another second, another bound
+
+    assert [line["code"] for line in lines if line["event"] == "rpc failed"] == [
+        *["UNAVAILABLE"] * failures.LINES_PER_SECOND,
+        "INTERNAL",
+        "UNAVAILABLE",
+    ]
+
+
+async def test_what_was_not_told_is_told_at_the_end():
+    log = failures.FailureLog()
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(failures.LINES_PER_SECOND + 2):
+            log.failed("UNAVAILABLE", 1.0)
+        log.close()
+
+    summed_up(lines, 2)
+
+
+def summed_up(lines, count):
+    assert [(line["code"], line["count"]) for line in lines if line["event"] == "more rpcs failed"] == [
+        ("UNAVAILABLE", count)
+    ]
