@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from service import threads
 from service.codel import CoDel
 from service.errors import ConvoyError, DrainingError, EngineError, ExpiredError, OverloadedError
 from service.schedule import FairQueue, Part, Taken
@@ -286,6 +287,7 @@ class Batcher(Generic[P, R]):
     # --- on the owner threads
 
     def _own(self, run: Run[P, R]) -> None:
+        threads.computes()
         while (taken := self._take()) is not None:
             if taken.parts:
                 self._call(self._deliver, self._ran(run, taken))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from service import resources
+from service import threads
 from service.artifact import ModelVersion
 from service.engine import Engine
 from service.errors import ArtifactError
@@ -25,7 +25,7 @@ def check(version: ModelVersion, engine: Engine) -> float:
         ArtifactError: it is above the version's tolerance, or not finite.
     """
     images = pixels(version)
-    return compare(version, resources.in_background(_probabilities, engine, images), engine)
+    return compare(version, threads.in_background(_probabilities, engine, images), engine)
 
 
 def _probabilities(engine: Engine, images: Pixels) -> NDArray[np.float32]:

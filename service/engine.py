@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifact, faults, resources, sessions
+from service import artifact, faults, sessions, threads
 from service.artifact import ModelVersion
 from service.errors import DeviceLostError, OutOfMemoryError
 from service.providers import CPU, GPU_PROVIDERS, Plan
@@ -221,7 +221,7 @@ def side_by_side(engines: Sequence[OrtEngine]) -> ThreadPoolExecutor:
     They give way to the threads that serve other models. Only where the caller's thread does the computing: a runtime
     that starts threads of its own would keep the low priority in them for good.
     """
-    lower = resources.lower_priority if engines[0].plan.computes_in_caller else None
+    lower = threads.lower_priority if engines[0].plan.computes_in_caller else None
     return ThreadPoolExecutor(len(engines), thread_name_prefix="warm-up", initializer=lower)
 
 

@@ -10,17 +10,9 @@ import contextlib
 import ctypes
 import math
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _CGROUP = Path("/sys/fs/cgroup")
-_BACKGROUND_NICE = 10
 
 # glibc's malloc.h and mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -98,27 +90,6 @@ def trim_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def lower_priority() -> None:
-    """Lets every other thread of the process go before this one, for good; where Linux's per-thread nice exists.
-
-    For short-lived threads that measure and warm up beside traffic. Threads that they start inherit it.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        thread = threading.get_native_id()
-        nice = os.getpriority(os.PRIO_PROCESS, thread) + _BACKGROUND_NICE  # Linux cuts it to the 19 that there are
-        os.setpriority(os.PRIO_PROCESS, thread, nice)
-
-
-def in_background(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Calls a function on a thread of its own that gives way to every other one, and waits for what it returns.
-
-    For work that computes outside of Python. A thread of low priority that has Python's lock keeps it while others have
-    the CPUs, and then everybody waits for it.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="background", initializer=lower_priority) as pool:
-        return pool.submit(work, *args, **kwargs).result()
 
 
 def process_age_s() -> float:

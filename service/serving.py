@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service import artifact, canary, resources
+from service import artifact, canary, threads
 from service.artifact import ModelVersion
 from service.batcher import Batcher, Job, Observer
 from service.codel import CoDel
@@ -144,8 +144,9 @@ def load(
         ArtifactError, ProviderError, EngineError: it cannot be served.
     """
     began = time.monotonic()
+    threads.computes()  # with what the runtime starts from here
     version = artifact.unverified(path)
-    resources.in_background(artifact.verify, version)
+    threads.in_background(artifact.verify, version)
     engines = list(build(version))
     try:
         difference = max(canary.check(version, engine) for engine in engines)

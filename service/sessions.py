@@ -14,7 +14,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from service import artifact, cuda, logs, openvino, providers, resources
+from service import artifact, cuda, logs, openvino, providers, threads
 from service.artifact import ModelVersion
 from service.errors import ArtifactError, ProviderError
 from service.providers import CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
@@ -174,7 +174,7 @@ def _open(path: Path, plan: Plan, options: Mapping[str, str]) -> Any:
         else:
             arguments["providers"] = [(plan.provider, dict(options)), *([CPU] if plan.provider != CPU else [])]
         if plan.computes_in_caller:
-            session = resources.in_background(_session, path, configuration, arguments)
+            session = threads.in_background(_session, path, configuration, arguments)
         else:
             session = _session(path, configuration, arguments)
     except ProviderError:

@@ -64,7 +64,7 @@ def serve(config: Path | None, **flags: Any) -> None:
       convoy serve --repository models --host 0.0.0.0 --port 8500 --http-port 8501
       CONVOY_MAX_BATCH_SIZE=64 convoy serve --config convoy.yaml
     """
-    from service import logs, settings
+    from service import logs, settings, threads
     from service.server import serve as run
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
@@ -73,4 +73,5 @@ def serve(config: Path | None, **flags: Any) -> None:
     # What was imported lives as long as the process; without this every full collection looks at all of it, and all
     # requests wait.
     gc.freeze()
+    threads.answers_soon()
     run(chosen)

@@ -271,13 +271,14 @@ async def capacity(send):
 def rise(readings, block=10):
     """Slope of a line through the readings, and its standard error, in their unit per reload.
 
-    Through means of blocks: neighbouring readings share their noise, and would make the error look smaller than it is.
+    Through the least of each block: a reading between a swap and the end of the old version's last request holds both,
+    and what a leak has taken is missing from the least, too.
     """
     blocks = len(readings) // block
-    means = np.reshape(readings[-blocks * block :], (blocks, block)).mean(axis=1)
+    least = np.reshape(readings[-blocks * block :], (blocks, block)).min(axis=1)
     at = (np.arange(blocks) - (blocks - 1) / 2) * block
-    slope = (at @ means) / (at @ at)
-    rest = means - means.mean() - slope * at
+    slope = (at @ least) / (at @ at)
+    rest = least - least.mean() - slope * at
     return slope, np.sqrt(rest @ rest / (blocks - 2) / (at @ at))
 
 

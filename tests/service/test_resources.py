@@ -61,22 +61,6 @@ def test_resident_memory_is_of_this_process():
     assert 10 << 20 < resources.rss_bytes() < 64 << 30
 
 
-def niceness():
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-
-def test_work_in_the_background_gives_way_and_leaves_its_caller_as_it_was():
-    before = niceness()
-
-    assert resources.in_background(lambda more: niceness() + more, 100) == min(19, before + 10) + 100
-    assert niceness() == before
-
-
-def test_what_fails_in_the_background_fails_its_caller():
-    with pytest.raises(ZeroDivisionError):
-        resources.in_background(divmod, 1, 0)
-
-
 # Prints the MiB that stay resident when four threads have each held a large block, as sessions do.
 LARGE_BLOCKS = """
 import ctypes, sys, threading
