@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import struct
 import threading
 
 import pytest
@@ -30,10 +31,11 @@ def test_what_fails_in_the_background_fails_its_caller():
 
 def slice_ns():
     """The slice of the calling thread, as sched_getattr(2) tells it."""
-    buffer = ctypes.create_string_buffer(threads._ATTR.size)
+    attributes = struct.Struct("=IIQiIQQQ")
+    buffer = ctypes.create_string_buffer(attributes.size)
     number = {"x86_64": 315, "aarch64": 275}[platform.machine()]
-    assert ctypes.CDLL(None).syscall(number, 0, buffer, threads._ATTR.size, 0) == 0
-    return threads._ATTR.unpack(buffer.raw)[5]
+    assert ctypes.CDLL(None).syscall(number, 0, buffer, attributes.size, 0) == 0
+    return attributes.unpack(buffer.raw)[5]
 
 
 def on_a_thread(work):
