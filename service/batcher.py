@@ -29,34 +29,44 @@ Clock = Callable[[], float]
 
 
 @dataclass(slots=True, eq=False)
-class Job(Generic[P, R]):
-    """One caller's images, and the future that gets their results.
+class Done(Generic[R]):
+    """What became of a job: `results` holds (start, result) of each part; times in seconds.
 
-    Times are monotonic seconds. `results` holds (start, result) of each finished part; `queue_s` is the longest wait of
-    a part, `run_s` the longest run.
+    `queue_s` is the longest wait of a part, `run_s` the longest run.
+    """
+
+    results: list[tuple[int, R]] = field(default_factory=list)
+    queue_s: float = 0.0
+    run_s: float = 0.0
+
+    def rejoined(self, join: Callable[[Sequence[R]], R]) -> R:
+        """The results in the order of the job's images, whatever order its parts ran in."""
+        if len(self.results) == 1:
+            return self.results[0][1]
+        return join([result for _, result in sorted(self.results, key=lambda part: part[0])])
+
+
+@dataclass(slots=True, eq=False)
+class Job(Generic[P, R]):
+    """One caller's images, and the future that gets what becomes of them.
+
+    Times are monotonic seconds. The future never refers to the job: in a circle the images of every request would stay
+    in memory until Python looks for circles, which is when hundreds of megabytes of them are there.
     """
 
     payload: P
     size: int
     deadline: float
-    future: asyncio.Future[Job[P, R]]
+    future: asyncio.Future[Done[R]]
     submitted: float
     priority: int = 0
-    results: list[tuple[int, R]] = field(default_factory=list)
+    done: Done[R] = field(default_factory=Done)
     finished: int = 0
-    queue_s: float = 0.0
-    run_s: float = 0.0
 
     @property
     def abandoned(self) -> bool:
         """The caller went away, or the job already failed."""
         return self.future.done()
-
-    def rejoined(self, join: Callable[[Sequence[R]], R]) -> R:
-        """The results of a finished job in the order of its images, whatever order its parts ran in."""
-        if len(self.results) == 1:
-            return self.results[0][1]
-        return join([result for _, result in sorted(self.results, key=lambda part: part[0])])
 
 
 class Observer(Protocol):
@@ -210,7 +220,7 @@ class Batcher(Generic[P, R]):
         flow: Hashable = None,
         priority: int = 0,
         alone: bool = False,
-    ) -> asyncio.Future[Job[P, R]]:
+    ) -> asyncio.Future[Done[R]]:
         """Queues a job. Cancelling the future takes the job out before it runs.
 
         Args:
@@ -223,12 +233,12 @@ class Batcher(Generic[P, R]):
                 waits, the job then runs before this returns, and the future is done.
 
         Returns:
-            A future with the finished job. It fails with ExpiredError (never ran, or not wholly), OverloadedError
+            A future with the results. It fails with ExpiredError (never ran, or not wholly), OverloadedError
             (shed), DrainingError (closed) or whatever `run` raised.
         """
         if self._loop is None:
             raise RuntimeError("start() the batcher before submitting to it")
-        future: asyncio.Future[Job[P, R]] = self._loop.create_future()
+        future: asyncio.Future[Done[R]] = self._loop.create_future()
         job: Job[P, R] = Job(payload, size, deadline, future, self._clock(), priority)
         with self._wake:
             if self._closed:
@@ -293,6 +303,7 @@ class Batcher(Generic[P, R]):
                 self._call(self._deliver, self._ran(run, taken))
             else:
                 self._call(self._drop, taken)
+            del taken  # or its images would stay until there is another batch
 
     def _take(self) -> Taken[Job[P, R]] | None:
         """Blocks until there is something to do; None when closed."""
@@ -356,18 +367,19 @@ class Batcher(Generic[P, R]):
         late = 0
         for number, part in enumerate(batch.taken.parts):
             job = part.job
-            job.queue_s = max(job.queue_s, batch.began - job.submitted)
-            job.run_s = max(job.run_s, batch.ended - batch.began)
+            done = job.done
+            done.queue_s = max(done.queue_s, batch.began - job.submitted)
+            done.run_s = max(done.run_s, batch.ended - batch.began)
             if batch.error is not None:
                 self._fail(job, batch.error)
                 continue
-            job.results.append((part.start, batch.results[number]))
+            done.results.append((part.start, batch.results[number]))
             job.finished += part.stop - part.start
             if job.finished < job.size:
                 continue
             late += batch.ended > job.deadline  # also where its caller did not wait any longer than that
             if not job.future.done():
-                job.future.set_result(job)
+                job.future.set_result(done)
         if late:
             self._observer.late(late)
         self._drop(batch.taken)

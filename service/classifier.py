@@ -168,9 +168,9 @@ class Classifier:
             began = time.monotonic()
             return decode_here(work), Timing(0.0, time.monotonic() - began, 0.0)
         decoding = self._decoder.submit(work, len(work.images), deadline, flow=flow, priority=query.priority)
-        job = await _in_time(decoding, deadline)
-        faults = {position: fault for _, part in job.results for position, fault in part.items()}
-        return faults, Timing(job.queue_s, job.run_s, 0.0)
+        decoded = await _in_time(decoding, deadline)
+        faults = {position: fault for _, part in decoded.results for position, fault in part.items()}
+        return faults, Timing(decoded.queue_s, decoded.run_s, 0.0)
 
     def _record(self, served: ServedModel, result: Result, seconds: float) -> None:
         series = self._metrics.answer_series(served.name, served.number)

@@ -70,5 +70,5 @@ def _decode_part(work: Encoded, start: int, stop: int) -> Faults:
         try:
             preprocess(work.images[position], work.spec, work.limits, out=work.pixels[position])
         except InvalidImageError as fault:
-            faults[position] = fault
+            faults[position] = fault.with_traceback(None)  # it leads back here, and a circle would keep the images
     return faults

@@ -78,8 +78,8 @@ class ServedModel:
         with self.in_use():
             pixels = await asyncio.to_thread(canary.pixels, self.version)
             deadline = time.monotonic() + _CANARY_DEADLINE_S
-            job = await self.batcher.submit(pixels, len(pixels), deadline, priority=_LOW_PRIORITY)
-        return canary.compare(self.version, job.rejoined(join_outputs).probabilities, self.engine)
+            done = await self.batcher.submit(pixels, len(pixels), deadline, priority=_LOW_PRIORITY)
+        return canary.compare(self.version, done.rejoined(join_outputs).probabilities, self.engine)
 
     async def release(self, timeout_s: float) -> None:
         """Waits until nobody uses it, at most so long, ends the batcher and gives the memory back."""

@@ -163,6 +163,7 @@ class _Watched:
             raise
         except DecodeError:
             code = grpc.StatusCode.INTERNAL  # what the gRPC specification has for it
+            message = b""
             await context.abort(code, "the request is damaged, or no message of this method", trailers)
         except Exception as error:  # noqa: BLE001  # whatever it is, the client gets a status and the log the cause
             code = status.code_of(error)
@@ -170,6 +171,8 @@ class _Watched:
             if isinstance(error, UnavailableError):
                 self._shed.labels(error.reason).inc()
             trailers += status.retry_pushback(error)
+            # grpc keeps what abort raises in a circle until Python looks for circles; the images are not to be in it.
+            message, error.__traceback__ = b"", None
             await context.abort(code, status.message_of(error, request_id), trailers)
         finally:
             self._record(code, time.monotonic() - began)

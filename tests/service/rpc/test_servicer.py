@@ -1,7 +1,9 @@
 """The API over a real server: answers, and the status code of every fault that a client can cause or meet."""
 
 import asyncio
+import gc
 import math
+from collections import Counter
 
 import grpc
 import pytest
@@ -11,6 +13,7 @@ from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
 from PIL import Image
 
+from service.batcher import Job
 from service.errors import DeviceLostError, OutOfMemoryError
 
 CLASSIFY = "/convoy.v1.ImageClassifier/Classify"
@@ -188,6 +191,39 @@ async def test_what_expires_in_the_queue_is_never_batched(stand):
     assert winners(await running) == [1]
     assert winners(await stand.stub.Classify(request(3))) == [3]
     assert [2] not in engine.batches
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (pb.ClassifyRequest(images=[toys.grey_png(1)]).SerializeToString(), grpc.StatusCode.OK),
+        (pb.ClassifyRequest(images=[b"no image"]).SerializeToString(), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.ClassifyRequest(images=[toys.grey_png(1)], model="no").SerializeToString(), grpc.StatusCode.NOT_FOUND),
+        (b"\xff" * 1000, grpc.StatusCode.INTERNAL),
+    ],
+    ids=["answered", "no image", "no model", "damaged"],
+)
+async def test_requests_leave_memory_with_their_answers(stand, sent, code):
+    """Not when Python next looks for circles: by then there are hundreds of megabytes of images."""
+    classify = stand.channel.unary_unary("/convoy.v1.ImageClassifier/Classify")  # bytes: the messages are the server's
+    gc.collect()
+    before = requests_in_memory()
+    gc.disable()
+    try:
+        calls = [classify(sent) for _ in range(5)]
+        codes = [await call.code() for call in calls]
+        await asyncio.sleep(0.3)  # the client has its answer before the server's call has ended
+        after = requests_in_memory()
+    finally:
+        gc.enable()
+
+    assert codes == [code] * 5
+    assert after == before
+
+
+def requests_in_memory():
+    """How many requests and jobs there are, those of the tests' own tables included."""
+    return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, pb.ClassifyRequest | Job))
 
 
 async def test_what_is_cancelled_in_the_queue_is_never_batched(stand):
