@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from service.errors import TrainingError
 
@@ -20,12 +21,24 @@ def check_finite(loss: float, epoch: int, step: int) -> None:
 
 
 def check_moving(history: Sequence[Mapping[str, float]], epochs: int, classes: int) -> None:
-    """Raises TrainingError if the loss of the last `epochs` epochs was that of guessing; 0 epochs: never."""
-    recent = [figures["train_loss"] for figures in history[-epochs:]] if epochs else []
+    """Raises TrainingError if the loss of the last `epochs` epochs was that of guessing; 0 epochs: never.
+
+    Epochs in which the learning rate still rose do not count: a small set of images has few steps in each, and nothing
+    has been learnt at the rates of a warm-up.
+    """
+    recent = history[-epochs:] if epochs else []
+    if not recent or len(recent) < epochs or any(after > before for before, after in pairwise(_rates(history, epochs))):
+        return
+    losses = [figures["train_loss"] for figures in recent]
     chance = math.log(classes)
-    if recent and len(recent) == epochs and min(recent) > _STUCK * chance:
+    if min(losses) > _STUCK * chance:
         raise TrainingError(
-            f"the loss has stayed at {recent[-1]:.3f}, that of guessing among {classes} classes ({chance:.3f}), for "
+            f"the loss has stayed at {losses[-1]:.3f}, that of guessing among {classes} classes ({chance:.3f}), for "
             f"{epochs} epochs. Try a lower --learning-rate with a longer --warmup, a network with BatchNorm (vgg16_bn "
             "instead of vgg16), and check that the labels are right"
         )
+
+
+def _rates(history: Sequence[Mapping[str, float]], epochs: int) -> list[float]:
+    """Learning rates at the ends of the last epochs, and of the one before them."""
+    return [figures["learning_rate"] for figures in history[-epochs - 1 :]]
