@@ -79,8 +79,8 @@ class LatencyTable:
         if bucket not in self._mean:  # judged by another bucket: from now on by itself
             self._mean[bucket], self._deviation[bucket] = self.mean_s(images), 0.0
             self._quiet[bucket] = self._mean[bucket]
-        for learned in (self._mean, self._deviation, self._quiet):
-            learned[bucket] *= 1 - _GAIN
+        self._mean[bucket] *= 1 - _GAIN
+        self._deviation[bucket] *= 1 - _GAIN
 
     def mean_s(self, images: int) -> float:
         """Expected seconds of a batch; an unseen bucket is judged by the next seen one, for each image alike."""

@@ -26,19 +26,15 @@ def check_moving(history: Sequence[Mapping[str, float]], epochs: int, classes: i
     Epochs in which the learning rate still rose do not count: a small set of images has few steps in each, and nothing
     has been learnt at the rates of a warm-up.
     """
-    recent = history[-epochs:] if epochs else []
-    if not recent or len(recent) < epochs or any(after > before for before, after in pairwise(_rates(history, epochs))):
+    if not epochs or len(history) < epochs:
         return
-    losses = [figures["train_loss"] for figures in recent]
+    rates = [figures["learning_rate"] for figures in history[-epochs - 1 :]]
+    losses = [figures["train_loss"] for figures in history[-epochs:]]
+    warming_up = any(after > before for before, after in pairwise(rates))
     chance = math.log(classes)
-    if min(losses) > _STUCK * chance:
+    if not warming_up and min(losses) > _STUCK * chance:
         raise TrainingError(
             f"the loss has stayed at {losses[-1]:.3f}, that of guessing among {classes} classes ({chance:.3f}), for "
             f"{epochs} epochs. Try a lower --learning-rate with a longer --warmup, a network with BatchNorm (vgg16_bn "
             "instead of vgg16), and check that the labels are right"
         )
-
-
-def _rates(history: Sequence[Mapping[str, float]], epochs: int) -> list[float]:
-    """Learning rates at the ends of the last epochs, and of the one before them."""
-    return [figures["learning_rate"] for figures in history[-epochs - 1 :]]

@@ -164,7 +164,8 @@ class AdminListener:
     def __init__(self, host: str, port: int, servicer: Admin, metrics: Metrics) -> None:
         self._host, self._port = host, port
         self._inbox = Inbox(_ADMIN_PATIENCE_S, _ADMIN_CALLS)
-        self._server = acceptor.server([Around(metrics, self._inbox)], [("grpc.so_reuseport", 0)])
+        self._around = Around(metrics, self._inbox)
+        self._server = acceptor.server([self._around], [("grpc.so_reuseport", 0)])
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, self._server)
         reflection.enable_server_reflection((ADMIN_SERVICE, reflection.SERVICE_NAME), self._server)
         self.port = 0
@@ -182,6 +183,7 @@ class AdminListener:
         """Closes the port; a change under way is cancelled, and changes nothing."""
         self._inbox.close()
         await self._server.stop(None)
+        self._around.failures.close()
 
 
 def _bind(server: aio.Server, host: str, port: int, flags: str, tls: grpc.ServerCredentials | None = None) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from training.assemble import build_stepper, build_trainer
-from training.config import Experiment
+from training.config import Experiment, find_experiment, read_yaml
 from training.data import list_images
 from training.display import Display
 from training.distributed import Group
@@ -36,20 +36,14 @@ from training.transfer import plan
 CLASSES = 5
 TRAINED, TESTED = 50, 500
 EXPECTED_POINTS = 10
+OURS = read_yaml(find_experiment("cifar10-resnet"))
 RECIPE = {
     "model": {"name": "resnet8", "options": {"width": 0.5}},
-    "augment": {
-        "rotation_degrees": 0, "translation": 0, "scale": 0,
-        "crop_padding": 2, "horizontal_flip": True, "fill": "reflection",
-    },
+    "augment": OURS["augment"],
     "loop": {"label_smoothing": 0.1},
-}  # fmt: skip
-# What `cifar10-resnet` adds for tens of thousands of images; the few ones are learnt with the defaults either way.
-MANY = {
-    "optimiser": {"name": "sgd", "learning_rate": 0.4, "weight_decay": 0.0005, "momentum": 0.9},
-    "schedule": {"name": "one-cycle", "warmup": 0.2},
 }
-FEW: dict[str, dict] = {}
+# For tens of thousands of images. The few ones are learnt with the defaults, from scratch and in the transfer.
+FOR_MANY = {section: OURS[section] for section in ("optimiser", "schedule")}
 
 
 class Silent:
@@ -109,14 +103,14 @@ def main() -> int:
         first, _ = write_tables(chosen.cifar, folder, 0)
         started = time.monotonic()
         known = train(
-            first, folder / "first", MANY, epochs=chosen.pretrain_epochs, seed=0, batch=256, held=0.1, weights=None
+            first, folder / "first", FOR_MANY, epochs=chosen.pretrain_epochs, seed=0, batch=256, held=0.1, weights=None
         )
         click.echo(f"first {CLASSES} classes: {known:.2%}, {time.monotonic() - started:.0f} s")
         for seed in range(chosen.seeds):
             _, table = write_tables(chosen.cifar, folder, seed)
             common = {"epochs": chosen.epochs, "seed": seed, "batch": 32, "held": 0.0}
-            scratched = train(table, folder / f"scratch-{seed}", FEW, weights=None, **common)
-            transferred = train(table, folder / f"lp-ft-{seed}", FEW, weights=folder / "first" / BEST, **common)
+            scratched = train(table, folder / f"scratch-{seed}", {}, weights=None, **common)
+            transferred = train(table, folder / f"lp-ft-{seed}", {}, weights=folder / "first" / BEST, **common)
             gains.append(100 * (transferred - scratched))
             click.echo(f"seed {seed}: from scratch {scratched:.2%}, lp-ft {transferred:.2%}, {gains[-1]:+.1f} points")
     click.echo(f"mean gain {statistics.mean(gains):.1f} points, expected at least {EXPECTED_POINTS}")
