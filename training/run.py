@@ -27,6 +27,7 @@ from training.gates import batches_up_to
 from training.interrupt import InterruptedRunError, held_back, stoppable
 from training.journal import Journal
 from training.loop import LAST, StoppedError, Trainer
+from training.memory import kept_memory
 from training.models import Architecture, describe
 from training.phases import Phase
 from training.prepare import prepare
@@ -113,7 +114,8 @@ def run(
         stepper, report = build_stepper(experiment, entry, data, group)
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
-        with limited_to(_threads(experiment, stepper, data)), repeatable(experiment.loop.deterministic):
+        threads = _threads(experiment, stepper, data)
+        with limited_to(threads), kept_memory(), repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
             if resume:
                 trainer.resume()
@@ -160,7 +162,7 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
     folder = new_run(runs / experiment.name, experiment)
     stepper, _ = build_stepper(experiment, entry, data, group)
-    with limited_to(_threads(experiment, stepper, data)):
+    with limited_to(_threads(experiment, stepper, data)), kept_memory():
         found = sweep(stepper, build_source(experiment, data, group))
     plot(found, folder / "learning-rate.png")
     display.say(f"--learning-rate {found.suggestion:.1e}: there the loss falls fastest; {folder / 'learning-rate.png'}")

@@ -20,6 +20,7 @@ from training.assemble import build_stepper, build_trainer
 from training.config import Experiment
 from training.distributed import Group
 from training.loop import StoppedError, Trainer
+from training.memory import kept_memory
 from training.models import describe
 from training.prepared import Prepared
 from training.run import repeatable
@@ -126,6 +127,7 @@ class Worker:
         with (
             tempfile.TemporaryDirectory(dir=self._folder, prefix=f"trial-{trial.number}-") as folder,
             limited_to(threads),
+            kept_memory(),
             repeatable(experiment.loop.deterministic),
         ):
             trainer = build_trainer(experiment, data, stepper, phases, Path(folder), Group())

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from serving import convoy
 from sklearn.datasets import load_digits
+from torch import nn
 
 from service import artifact
 from service.artifact import Weights
@@ -180,7 +181,7 @@ def experiment_of(entry: Architecture) -> Experiment:
     return Experiment.model_validate(tree)
 
 
-def outline(entry: Architecture) -> torch.nn.Module:
+def outline(entry: Architecture) -> nn.Module:
     """The network as its description counts it, without memory for its weights."""
     with torch.device("meta"):
         return create(entry.name, entry.config.num_classes, entry.channels)
@@ -192,6 +193,9 @@ def train(entry: Architecture, images: Path, folder: Path, row: Row) -> Trained:
     data = prepare(experiment, entry, images, folder, Display(Console(quiet=True)), group)
     stepper, _ = build_stepper(experiment, entry, data, group)
     stepper.precision = experiment.loop.precision
+    for module in stepper.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean over all steps: a moving average would still be near where it began
     (batch,) = build_source(experiment, data, group).batches(0, 0)
     losses = Losses()
     with limited_to(thread_count(stepper.model, data.spec.shape, CLASSES)):

@@ -2,20 +2,24 @@
 
     python tests/benchmarks/loop_overhead.py [--model resnet18] [--batch 128] [--steps 12]
 
-Three loops take turns step by step, so that all of them meet the same noise; the medians are compared:
+Three loops, each in a process of its own, take turns step by step, so that all meet the same noise; medians count:
 plain      float32, NCHW, inputs ready in memory: the loop of a tutorial
 stripped   the precision that `auto` chooses, channels_last, inputs ready: forward, backward, step and nothing else
 ours       the whole: batches from uint8, crop, flip, normalisation, label smoothing, average, loss check
+The latter two keep their memory from step to step (training/memory.py), as `convoy train` does.
 Expected: ours at least 0.95 of stripped; with AMX also at least 3 times plain (exit code 1 below 0.95).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import click
 import numpy as np
@@ -25,6 +29,7 @@ from torch.nn import functional
 from training.batches import Examples, MemorySource
 from training.config import Experiment
 from training.distributed import Group
+from training.memory import kept_memory
 from training.models import create, describe
 from training.phases import Phase
 from training.pixels import Normaliser
@@ -32,7 +37,9 @@ from training.precision import autocast, fastest
 from training.step import Stepper
 
 CPU = torch.device("cpu")
+LOOPS = ("plain", "stripped", "ours")
 CLASSES, SIDE = 10, 32
+WARM_UP = 3
 TREE = {
     "augment": {"rotation_degrees": 0, "translation": 0, "scale": 0, "crop_padding": 4, "horizontal_flip": True},
     "optimiser": {"name": "sgd", "learning_rate": 0.05},
@@ -81,10 +88,38 @@ def our_loop(name: str, options: dict, batch: int, steps: int) -> tuple[Callable
     return step, stepper.precision
 
 
-def seconds(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
+def worker(pipe: Connection, loop: str, name: str, batch: int, steps: int) -> None:
+    """Tells its precision and threads, then how many seconds each step took that it is asked for."""
+    known = {option.name for option in describe(name).options}
+    options = {"small_images": True} if "small_images" in known else {}
+    with contextlib.nullcontext() if loop == "plain" else kept_memory():
+        precision = "float32"
+        if loop == "plain":
+            step = bare_loop(name, options, batch, precision, channels_last=False)
+        else:
+            step, precision = our_loop(name, options, batch, steps)
+        if loop == "stripped":
+            step = bare_loop(name, options, batch, precision, channels_last=True)
+        pipe.send((precision, torch.get_num_threads()))
+        while pipe.recv():
+            started = time.perf_counter()
+            step()
+            pipe.send(time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def running(loop: str, name: str, batch: int, steps: int) -> Iterator[Connection]:
+    """The pipe to a loop's process."""
+    ours, theirs = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=worker, args=(theirs, loop, name, batch, steps))
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+        ours.send(False)
+    finally:
+        ours.close()
+        process.join()
 
 
 def main() -> int:
@@ -93,25 +128,22 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12)
     chosen = parser.parse_args()
-    known = {option.name for option in describe(chosen.model).options}
-    options = {"small_images": True} if "small_images" in known else {}
-    ours, precision = our_loop(chosen.model, options, chosen.batch, chosen.steps)
-    loops = {
-        "plain": bare_loop(chosen.model, options, chosen.batch, "float32", channels_last=False),
-        "stripped": bare_loop(chosen.model, options, chosen.batch, precision, channels_last=True),
-        "ours": ours,
-    }
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for round_ in range(chosen.steps + 2):
-        for name, step in loops.items():
-            taken = seconds(step)
-            if round_ >= 2:  # the first two rounds warm up
-                times[name].append(taken)
-    rates = {name: chosen.batch / statistics.median(found) for name, found in times.items()}
+    rounds = chosen.steps + WARM_UP
+    times: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        pipes = {loop: stack.enter_context(running(loop, chosen.model, chosen.batch, rounds)) for loop in LOOPS}
+        (*_, (precision, threads)) = [pipe.recv() for pipe in pipes.values()]
+        for round_ in range(rounds):
+            for loop, pipe in pipes.items():
+                pipe.send(True)
+                taken = pipe.recv()
+                if round_ >= WARM_UP:
+                    times.setdefault(loop, []).append(taken)
+    rates = {loop: chosen.batch / statistics.median(found) for loop, found in times.items()}
     paired = [stripped / mine for stripped, mine in zip(times["stripped"], times["ours"], strict=True)]
-    click.echo(f"{chosen.model}, batch {chosen.batch}, {precision}, {torch.get_num_threads()} threads")
-    for name, rate in rates.items():
-        click.echo(f"{name:<9}{rate:8.1f} images/s")
+    click.echo(f"{chosen.model}, batch {chosen.batch}, {precision}, {threads} threads")
+    for loop, rate in rates.items():
+        click.echo(f"{loop:<9}{rate:8.1f} images/s")
     ratio = statistics.median(paired)
     click.echo(f"ours / stripped {ratio:.3f} (expected 0.95), ours / plain {rates['ours'] / rates['plain']:.2f}")
     return 0 if ratio >= 0.95 else 1

@@ -1,0 +1,42 @@
+"""Memory stays with the process while it trains.
+
+Each step allocates the same activations and gradients as the one before. Left alone, glibc asks the system for every
+large one and gives it back at once, and the system clears its pages each time: for small networks on a CPU that is a
+fifth of the step and more (tests/benchmarks/loop_overhead.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Mapping
+
+from service import resources
+
+# glibc's malloc.h and mallopt(3).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_MMAP_MAX, _TOP_PAD_BYTES = 65_536, 128 << 10  # its defaults
+_NEVER = 2**31 - 1
+_STEP_BYTES = 64 << 20
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Within the block the C library keeps what is freed, where it can be told (glibc); at its end it gives it back.
+
+    The peak stays about what it was: what is kept is what the next step needs.
+    """
+    _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _STEP_BYTES})
+    try:
+        yield
+    finally:
+        _tell({_M_MMAP_MAX: _MMAP_MAX, _M_TOP_PAD: _TOP_PAD_BYTES})
+        resources.return_large_blocks()
+        resources.trim_memory()
+
+
+def _tell(options: Mapping[int, int]) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in options.items():
+            libc.mallopt(option, value)
