@@ -386,7 +386,9 @@ class Batcher(Generic[P, R]):
 
     def _drop(self, taken: Taken[Job[P, R]]) -> None:
         for job in taken.expired:
-            self._fail(job, ExpiredError("the deadline passed while the request waited for its turn"))
+            passed = job.deadline < self._clock()
+            why = "passed while the request waited for its turn" if passed else "is too near for the work to end by it"
+            self._fail(job, ExpiredError(f"the deadline {why}"))
         if taken.expired:
             self._observer.dropped("expired", len(taken.expired))
         for job in taken.shed:

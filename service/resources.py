@@ -10,12 +10,13 @@ import contextlib
 import ctypes
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 # glibc's malloc.h and mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # Above what a request allocates again and again (a decoded photo), below most of what a model does.
 _LARGE_BYTES = 1 << 20
 _KEPT_BYTES = 8 << 20
@@ -76,10 +77,24 @@ def return_large_blocks() -> None:
     Left alone it learns from the first model it frees to keep blocks of up to 32 MiB in heaps, one for each of many
     threads, and never trims the ends of those: memory grows with each reload until every heap has held a model.
     """
+    tell_malloc({_M_MMAP_THRESHOLD: _LARGE_BYTES, _M_TRIM_THRESHOLD: _KEPT_BYTES})
+
+
+def share_heap() -> None:
+    """Has all threads that start from now on allocate from one heap, where the C library can be told (glibc).
+
+    Left alone it makes up to eight heaps for each core. Loading a model leaves a few small things behind in one of
+    them between its own, and the next one is loaded into another: memory grows until every heap is in pieces.
+    """
+    tell_malloc({_M_ARENA_MAX: 1})
+
+
+def tell_malloc(options: Mapping[int, int]) -> None:
+    """Sets options of glibc's malloc, by the numbers that mallopt(3) has for them; elsewhere does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        for option, value in options.items():
+            libc.mallopt(option, value)
 
 
 def trim_memory() -> None:

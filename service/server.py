@@ -322,6 +322,7 @@ def serve(settings: Settings) -> None:
     import uvloop
 
     resources.return_large_blocks()
+    resources.share_heap()
 
     async def main() -> None:
         await Server(settings).run()

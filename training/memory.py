@@ -8,8 +8,7 @@ fifth of the step and more (tests/benchmarks/loop_overhead.py).
 from __future__ import annotations
 
 import contextlib
-import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from service import resources
 
@@ -26,17 +25,10 @@ def kept_memory() -> Iterator[None]:
 
     The peak stays about what it was: what is kept is what the next step needs.
     """
-    _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _STEP_BYTES})
+    resources.tell_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _STEP_BYTES})
     try:
         yield
     finally:
-        _tell({_M_MMAP_MAX: _MMAP_MAX, _M_TOP_PAD: _TOP_PAD_BYTES})
+        resources.tell_malloc({_M_MMAP_MAX: _MMAP_MAX, _M_TOP_PAD: _TOP_PAD_BYTES})
         resources.return_large_blocks()
         resources.trim_memory()
-
-
-def _tell(options: Mapping[int, int]) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in options.items():
-            libc.mallopt(option, value)

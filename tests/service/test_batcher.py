@@ -193,7 +193,7 @@ async def test_what_would_end_too_late_is_dropped_before_it_runs(executor):
     clock = Clock()
     sizes = LatencyTable([1, 2, 4, 8], {1: 2.0})
     async with batching(executor, sizes=sizes, clock=clock) as batcher:
-        with pytest.raises(ExpiredError):
+        with pytest.raises(ExpiredError, match="too near"):
             await answer(batcher.submit([1], 1, clock.now + 1.9))
 
         assert executor.batches == []

@@ -1,6 +1,7 @@
-"""CPUs as the cgroup grants them, and threads that leave them to others."""
+"""CPUs as the cgroup grants them, and memory as the C library keeps it."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -60,6 +61,8 @@ def test_resident_memory_is_of_this_process():
     assert 10 << 20 < resources.rss_bytes() < 64 << 30
 
 
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+
 # Prints the MiB that stay resident when four threads have each held a large block, as sessions do.
 LARGE_BLOCKS = """
 import ctypes, sys, threading
@@ -87,11 +90,47 @@ print((resources.rss_bytes() - before) >> 20)
 """
 
 
+# Prints how many heaps the C library has when four threads have each allocated something.
+HEAPS = """
+import ctypes, sys, threading
+from service import resources
+
+libc = ctypes.CDLL("libc.so.6")
+libc.fdopen.restype, libc.malloc_info.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+if sys.argv[1] == "told":
+    resources.share_heap()
+
+together = threading.Barrier(4)
+
+def allocate():
+    libc.malloc(100_000)
+    together.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+stream = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, stream)
+libc.fflush(stream)
+"""
+
+
+def told(program, *arguments):
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
 def resident_mib(*arguments):
-    command = [sys.executable, "-c", LARGE_BLOCKS, *arguments]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+    return int(told(LARGE_BLOCKS, *arguments))
 
 
+@needs_glibc
 def test_large_blocks_go_back_to_the_system_whatever_the_c_library_has_learned():
     assert resident_mib("untold") > 40  # what trimming alone leaves
     assert resident_mib("told") < 8
+
+
+@needs_glibc
+def test_threads_share_one_heap():
+    assert told(HEAPS, "untold").count("<heap nr=") > 1
+    assert told(HEAPS, "told").count("<heap nr=") == 1
