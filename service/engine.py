@@ -107,15 +107,21 @@ class OrtEngine:
         """Runs every bucket until nothing about it is new, and measures it, so that no request pays for a first time.
 
         The largest goes first: the arena then grows once. The CPU provider compiles nothing and its time grows evenly
-        with the images: there, of the buckets between two powers of two, only the time is worked out.
+        with the images: there the time of the largest, and of buckets between two powers of two, is worked out.
         """
-        sizes = [bucket for bucket in self.buckets if self.provider != CPU or _power_of_two(bucket)]
+        largest, on_cpu = self.buckets[-1], self.provider == CPU
         times_s = {}
-        for bucket in sorted({*sizes, self.buckets[-1]}, reverse=True):
+        for bucket in reversed(self.buckets):
+            if on_cpu and bucket < largest and not _power_of_two(bucket):
+                continue
             for _ in range(self._cold_runs(bucket)):
                 self._run(bucket)
+            if on_cpu and bucket == largest > 1:
+                continue
             took_s = self._timed(bucket)
             times_s[bucket] = took_s if took_s > _QUICK_S else min(took_s, self._timed(bucket))
+        timed = max(times_s)
+        times_s.setdefault(largest, times_s[timed] * largest / timed)
         seen = sorted(times_s)
         between = np.interp(self.buckets, seen, [times_s[bucket] for bucket in seen])
         # In place: those who follow share it, and may have begun to.

@@ -146,7 +146,7 @@ def load(
     began = time.monotonic()
     threads.computes()  # with what the runtime starts from here
     version = artifact.unverified(path)
-    threads.in_background(artifact.verify, version)
+    threads.in_background(artifact.verify, version, gently=True)
     engines = list(build(version))
     try:
         difference = max(canary.check(version, engine) for engine in engines)

@@ -56,6 +56,7 @@ EVERY_S = 1.0
 # Of what closed loops reach: both models together.
 SHARE = 0.3
 DEADLINE_S = 10.0
+WARMUP_S = 1.0
 TOP_K = 5
 # Take thumbnails, which are decoded and classified on the event loop.
 SMALL = ("lenet5",)
@@ -221,7 +222,7 @@ class Bench:
 
     async def latencies(self, seconds, seed, stopped=None):
         """Milliseconds of every request of each sender."""
-        plan = load.Plan(DEADLINE_S, 1.0, seconds, seed=seed)
+        plan = load.Plan(DEADLINE_S, WARMUP_S, seconds, seed=seed)
         stopped = stopped or asyncio.Event()
         runs = [
             load.measure(send, load.Level("open", rate), plan, stopped)
@@ -262,7 +263,7 @@ class Bench:
 
 async def capacity(send):
     """Requests per second of a closed loop."""
-    plan = load.Plan(DEADLINE_S, 1.0, 4.0)
+    plan = load.Plan(DEADLINE_S, WARMUP_S, 4.0)
     measured = await load.measure(send, load.Level("closed", 16), plan, asyncio.Event())
     began, ended = measured.window_s
     return sum(sample.ended_s >= began for sample in measured.samples) / (ended - began)
@@ -308,7 +309,7 @@ async def everything(folder, neighbour, rounds, seconds, reloads, console):
             console.print(f"{RELOADED}: {rates[0]:.1f} requests/s, {neighbour}: {rates[1]:.1f} requests/s")
             bench = Bench(senders, rates, admin, pid)
             found = in_turn(list(models), *await bench.rounds(rounds, seconds))
-            found["on time"] = len(admin.seconds) * EVERY_S / (rounds * seconds)
+            found["on time"] = len(admin.seconds) * EVERY_S / (rounds * (WARMUP_S + seconds))
             found["generator_lag_ms"] = float(np.percentile(bench.lags_s, 99)) * 1e3
             found["reload_s"] = list(admin.seconds)
             show(console, found)

@@ -140,12 +140,21 @@ def test_on_the_cpu_provider_one_executor_warms_up_for_all_and_the_others_take_t
     runners = [Runner(5), Runner(5)]
     engines = [OrtEngine(runner, Plan(CPU, 1, 2), "model.onnx", (1, 2, 3, 4, 5)) for runner in runners]
     engine.warm_up(engines)
-    # The largest once before it counts; quick ones are timed twice.
-    assert runners[0].ran == [5, 5, 5, 4, 4, 2, 2, 1, 1, 1]
+    # The largest for its memory only; quick ones are timed twice.
+    assert runners[0].ran == [5, 4, 4, 2, 2, 1, 1, 1]
     assert runners[1].ran == [5]
     measured_s = engines[0].measured_s
     assert measured_s[3] == pytest.approx((measured_s[2] + measured_s[4]) / 2)
+    assert measured_s[5] == pytest.approx(measured_s[4] * 5 / 4)
     assert engines[1].measured_s == measured_s
+
+
+def test_a_single_bucket_is_measured_on_the_cpu_provider_too():
+    runner = Runner(1)
+    one = OrtEngine(runner, Plan(CPU, 1, 1), "model.onnx", (1,))
+    engine.warm_up([one])
+    assert runner.ran == [1, 1, 1, 1]
+    assert one.measured_s[1] > 0
 
 
 def test_threads_of_a_runtime_never_inherit_the_low_priority_of_a_load(version):
