@@ -29,15 +29,20 @@ class Geometry:
 
     def gather(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Flips and whole-pixel shifts of uint8[N, H, W, C]: exact, and on a quarter of float's bytes."""
-        height, width = images.shape[1:3]
-        rows = _source(height, self._pixels(uniform, Column.CROP_Y), self._flipped(uniform, vertical=True))
-        columns = _source(width, self._pixels(uniform, Column.CROP_X), self._flipped(uniform, vertical=False))
-        fill = self._config.fill
-        inside = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
-        rows, columns = _fold(rows, height, fill), _fold(columns, width, fill)
-        number = torch.arange(len(images), device=images.device)[:, None, None]
-        moved = images[number, rows[:, :, None], columns[:, None, :]]
-        return moved * inside[..., None] if fill == "zeros" else moved
+        padding, fill = self._config.crop_padding, self._config.fill
+        moved = images
+        if padding:
+            height, width = images.shape[1:3]
+            # Every crop is a window of the padded image, and a view: only the chosen ones are copied, row by row.
+            windows = _padded(images, padding, fill).unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
+            number = torch.arange(len(images), device=images.device)
+            down, right = self._pixels(uniform, Column.CROP_Y), self._pixels(uniform, Column.CROP_X)
+            moved = windows[number, down + padding, right + padding]
+        for vertical, axis in ((True, 1), (False, 2)):
+            if self._config.vertical_flip if vertical else self._config.horizontal_flip:
+                flipped = self._flipped(uniform, vertical=vertical)[:, None, None, None]
+                moved = torch.where(flipped, moved.flip(axis), moved)
+        return moved
 
     def resample(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Bilinear sampling of float32[N, C, H, W] under `matrices`."""
@@ -87,14 +92,15 @@ class Geometry:
         return drawn if enabled else torch.zeros_like(drawn)
 
 
-def _source(size: int, shift: Tensor, flipped: Tensor) -> Tensor:
-    """int64[N, size]: index that each output index is fetched from, perhaps outside of the image."""
-    position = torch.arange(size, device=shift.device)[None, :]
-    return torch.where(flipped[:, None], size - 1 - position, position) + shift[:, None]
-
-
-def _inside(index: Tensor, size: int) -> Tensor:
-    return (index >= 0) & (index < size)
+def _padded(images: Tensor, padding: int, fill: str) -> Tensor:
+    """uint8[N, H, W, C] with so many pixels more on every side."""
+    if fill == "zeros":
+        return functional.pad(images, (0, 0, padding, padding, padding, padding))
+    for axis in (1, 2):
+        size = images.shape[axis]
+        index = torch.arange(-padding, size + padding, device=images.device)
+        images = images.index_select(axis, _fold(index, size, fill))
+    return images
 
 
 def _fold(index: Tensor, size: int, fill: str) -> Tensor:
