@@ -98,8 +98,10 @@ def _padded(images: Tensor, padding: int, fill: str) -> Tensor:
         return functional.pad(images, (0, 0, padding, padding, padding, padding))
     for axis in (1, 2):
         size = images.shape[axis]
-        index = torch.arange(-padding, size + padding, device=images.device)
-        images = images.index_select(axis, _fold(index, size, fill))
+        outside = torch.arange(-padding, padding, device=images.device)  # of the first pixel, then of the last
+        outside[padding:] += size
+        before, after = (images.index_select(axis, part) for part in _fold(outside, size, fill).chunk(2))
+        images = torch.cat([before, images, after], dim=axis)
     return images
 
 
