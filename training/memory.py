@@ -1,8 +1,7 @@
 """Memory stays with the process while it trains.
 
 Each step allocates the same activations and gradients as the one before. Left alone, glibc asks the system for every
-large one and gives it back at once, and the system clears its pages each time: for small networks on a CPU that is a
-fifth of the step and more (tests/benchmarks/loop_overhead.py).
+large one and gives it back at once, and the system clears its pages each time: a good part of a small network's step.
 """
 
 from __future__ import annotations

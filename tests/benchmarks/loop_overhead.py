@@ -1,8 +1,9 @@
 """What data, augmentation, averaging and bookkeeping cost beside forward, backward and step.
 
-    python tests/benchmarks/loop_overhead.py [--model resnet18] [--batch 128] [--steps 12]
+    python tests/benchmarks/loop_overhead.py [--model resnet18] [--batch 128] [--turns 12]
 
-Three loops, each in a process of its own, take turns step by step, so that all meet the same noise; medians count:
+Three loops, each in a process of its own, take turns of at least half a second, so that all meet the same noise;
+medians count:
 plain      float32, NCHW, inputs ready in memory: the loop of a tutorial
 stripped   the precision that `auto` chooses, channels_last, inputs ready: forward, backward, step and nothing else
 ours       the whole: batches from uint8, crop, flip, normalisation, label smoothing, average, loss check
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import statistics
 import sys
 import time
@@ -40,6 +43,10 @@ CPU = torch.device("cpu")
 LOOPS = ("plain", "stripped", "ours")
 CLASSES, SIDE = 10, 32
 WARM_UP = 3
+# Shorter turns would measure the caches and the waiting threads that the last one left behind.
+TURN_S = 0.5
+EPOCH_STEPS = 64
+PHASE_STEPS = 1_000_000
 TREE = {
     "augment": {"rotation_degrees": 0, "translation": 0, "scale": 0, "crop_padding": 4, "horizontal_flip": True},
     "optimiser": {"name": "sgd", "learning_rate": 0.05},
@@ -66,10 +73,10 @@ def bare_loop(name: str, options: dict, batch: int, precision: str, *, channels_
     return step
 
 
-def our_loop(name: str, options: dict, batch: int, steps: int) -> tuple[Callable[[], None], str]:
+def our_loop(name: str, options: dict, batch: int) -> tuple[Callable[[], None], str]:
     """One step of training as `convoy train` does it, and the precision it chose."""
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (batch * (steps + 4), SIDE, SIDE, 3), dtype=np.uint8)
+    images = random.integers(0, 256, (batch * EPOCH_STEPS, SIDE, SIDE, 3), dtype=np.uint8)
     labels = random.integers(0, CLASSES, len(images))
     experiment = Experiment.model_validate({**TREE, "model": {"name": name}})
     normalise = Normaliser((0.5,) * 3, (0.25,) * 3)
@@ -77,9 +84,10 @@ def our_loop(name: str, options: dict, batch: int, steps: int) -> tuple[Callable
     stepper = Stepper(model, experiment, normalise, class_weights=None, device=CPU, group=Group())
     source = MemorySource(Examples(images, labels, np.arange(len(images))), batch, 0, group=Group())
     stepper.precision = fastest(stepper.trial(next(source.batches(0, 0))), CPU)
-    stepper.begin(Phase("all", 1), 0.05, 0, source.steps)
+    stepper.begin(Phase("all", 1), 0.05, 0, PHASE_STEPS)
     stepper.train()
-    numbered: Iterator = enumerate(source.batches(0, 0))
+    epochs = (source.batches(epoch, 0) for epoch in itertools.count())
+    numbered = enumerate(itertools.chain.from_iterable(epochs))
 
     def step() -> None:
         number, taken = next(numbered)
@@ -88,8 +96,8 @@ def our_loop(name: str, options: dict, batch: int, steps: int) -> tuple[Callable
     return step, stepper.precision
 
 
-def worker(pipe: Connection, loop: str, name: str, batch: int, steps: int) -> None:
-    """Tells its precision and threads, then how many seconds each step took that it is asked for."""
+def worker(pipe: Connection, loop: str, name: str, batch: int) -> None:
+    """Tells its precision and threads, then how many seconds each step of a turn took, for each turn asked for."""
     known = {option.name for option in describe(name).options}
     options = {"small_images": True} if "small_images" in known else {}
     with contextlib.nullcontext() if loop == "plain" else kept_memory():
@@ -97,21 +105,25 @@ def worker(pipe: Connection, loop: str, name: str, batch: int, steps: int) -> No
         if loop == "plain":
             step = bare_loop(name, options, batch, precision, channels_last=False)
         else:
-            step, precision = our_loop(name, options, batch, steps)
+            step, precision = our_loop(name, options, batch)
         if loop == "stripped":
             step = bare_loop(name, options, batch, precision, channels_last=True)
         pipe.send((precision, torch.get_num_threads()))
+        steps = 1
         while pipe.recv():
-            started = time.perf_counter()
-            step()
-            pipe.send(time.perf_counter() - started)
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            step_s = (time.perf_counter() - began) / steps
+            pipe.send(step_s)
+            steps = max(1, math.ceil(TURN_S / step_s))
 
 
 @contextlib.contextmanager
-def running(loop: str, name: str, batch: int, steps: int) -> Iterator[Connection]:
+def running(loop: str, name: str, batch: int) -> Iterator[Connection]:
     """The pipe to a loop's process."""
     ours, theirs = get_context("spawn").Pipe()
-    process = get_context("spawn").Process(target=worker, args=(theirs, loop, name, batch, steps))
+    process = get_context("spawn").Process(target=worker, args=(theirs, loop, name, batch))
     process.start()
     theirs.close()
     try:
@@ -126,12 +138,12 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=12)
     chosen = parser.parse_args()
-    rounds = chosen.steps + WARM_UP
+    rounds = chosen.turns + WARM_UP
     times: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
-        pipes = {loop: stack.enter_context(running(loop, chosen.model, chosen.batch, rounds)) for loop in LOOPS}
+        pipes = {loop: stack.enter_context(running(loop, chosen.model, chosen.batch)) for loop in LOOPS}
         (*_, (precision, threads)) = [pipe.recv() for pipe in pipes.values()]
         for round_ in range(rounds):
             for loop, pipe in pipes.items():
