@@ -1,24 +1,20 @@
 """The model version on disk: the contract between training, which writes it, and the service, which reads it.
 
 `<repository>/<model name>/<version>/` holds `model.onnx`, optional variants of it, `manifest.json`, `canary/` and
-`card.html`. The manifest lists every file with its size and SHA-256. `load` reads and verifies; `publish` makes a
-finished directory appear atomically. Nothing here needs ONNX Runtime: what only the graph can tell is checked by
+`card.html`. The manifest lists every file with its size and SHA-256. `load` reads and verifies; `service.publication`
+makes a finished directory appear. Nothing here needs ONNX Runtime: what only the graph can tell is checked by
 `service.engine` with `check_signature`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -39,9 +35,9 @@ PROBABILITIES_NAME = "probabilities"
 # A model's name is a directory, a metric label and part of URLs.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
-# Large: after each chunk the hashing thread has to wait for Python's lock, and others for the thread.
-_CHUNK_BYTES = 512 << 10  # hashed in half a millisecond
-_STALE_S = 24 * 3600
+# Hashed in half a millisecond. A larger buffer is longer cleared under Python's lock; with a smaller one the lock
+# changes hands more often.
+_CHUNK_BYTES = 512 << 10
 
 
 class _Strict(BaseModel):
@@ -252,7 +248,7 @@ def verify(version: ModelVersion, *, gently: bool = False) -> None:
 
     Args:
         version: the model version.
-        gently: rest as often as work, see `file_entry`.
+        gently: see `file_entry`.
 
     Raises:
         ArtifactError: a file is missing or differs.
@@ -329,8 +325,8 @@ def check_signature(
 def file_entry(path: Path, *, gently: bool = False) -> FileEntry:
     """Size and SHA-256 of a file.
 
-    Gently, it rests after each piece for as long as that took. A CPU that is busy for tens of milliseconds, at whatever
-    priority, makes those wait who wake on it to answer a request; one that is busy for half a millisecond does not.
+    Gently, it rests after each piece for as long as that took: a thread that wakes to answer a request then waits half
+    a millisecond for a CPU at most, where a low priority alone lets it wait for the scheduler's next tick.
     """
     digest = hashlib.sha256()
     size = 0
@@ -346,64 +342,11 @@ def file_entry(path: Path, *, gently: bool = False) -> FileEntry:
     return FileEntry(sha256=digest.hexdigest(), size_bytes=size)
 
 
-def list_files(path: Path) -> dict[str, FileEntry]:
-    """Entries for every file below a version's directory but the manifest, sorted by path."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p != path / MANIFEST)
-    return {p.relative_to(path).as_posix(): file_entry(p) for p in files}
-
-
 def versions(model_dir: Path) -> list[int]:
     """Version numbers of a model's directory, ascending. Names that are no numbers (staging) are not versions."""
     if not model_dir.is_dir():
         return []
     return sorted(int(p.name) for p in model_dir.iterdir() if re.fullmatch(r"[1-9]\d*", p.name) and p.is_dir())
-
-
-def publish(staging: Path, repository: Path, manifest: Manifest) -> Path:
-    """Makes a finished staging directory appear as `<repository>/<name>/<version>/`, all or nothing.
-
-    Writes the manifest into `staging`, flushes every file and directory to disk and renames. `staging` has to lie on
-    the file system of `repository` (`staging_dir` makes one).
-
-    Returns:
-        The version's directory.
-
-    Raises:
-        ArtifactError: that version exists already.
-    """
-    target = repository / manifest.name / str(manifest.version)
-    (staging / MANIFEST).write_text(
-        json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
-    _fsync_tree(staging)
-    try:
-        # On POSIX a directory replaces only an empty directory: an existing version is never overwritten.
-        staging.rename(target)
-    except OSError as error:
-        raise ArtifactError(f"{target} cannot be published: {error.strerror or error}") from error
-    _fsync(target.parent)
-    return target
-
-
-def staging_dir(repository: Path, name: str, version: int) -> Path:
-    """Makes an empty directory beside the future version, ignored by readers, for this caller alone.
-
-    What crashed writers left behind is removed once it is a day old; younger ones may still be at work.
-    """
-    model_dir = repository / name
-    for leftover in model_dir.glob(".*.writing-*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > _STALE_S:
-                shutil.rmtree(leftover, ignore_errors=True)
-    path = model_dir / f".{version}.writing-{secrets.token_hex(8)}"
-    path.mkdir(parents=True)
-    return path
-
-
-def now() -> datetime:
-    """The time of creation for a manifest, in UTC, to the second."""
-    return datetime.now(UTC).replace(microsecond=0)
 
 
 def _verify_file(path: Path, entry: FileEntry, *, gently: bool) -> None:
@@ -417,18 +360,3 @@ def _verify_file(path: Path, entry: FileEntry, *, gently: bool) -> None:
             f"SHA-256 {found.sha256[:12]}… for {entry.sha256[:12]}…): "
             "it is damaged or half-copied; copy the version again"
         )
-
-
-def _fsync_tree(path: Path) -> None:
-    children: Iterable[Path] = sorted(path.rglob("*"))
-    for child in children:
-        _fsync(child)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

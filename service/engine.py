@@ -26,6 +26,9 @@ __all__ = ["Engine", "OrtEngine", "Outputs", "build", "executors", "side_by_side
 
 # A batch that is this quick is measured twice, and the better time counts.
 _QUICK_S = 0.02
+# Runs of a size that are slower than those after them, if not one: on a GPU the first allocates and the second captures
+# a graph, the CPU provider compiles nothing.
+_COLD_RUNS = {CPU: 0} | dict.fromkeys(GPU_PROVIDERS, 2)
 
 
 class Engine(Protocol):
@@ -109,19 +112,17 @@ class OrtEngine:
         The largest goes first: the arena then grows once. The CPU provider compiles nothing and its time grows evenly
         with the images: there the time of the largest, and of buckets between two powers of two, is worked out.
         """
-        largest, on_cpu = self.buckets[-1], self.provider == CPU
+        sizes, largest = list(self.buckets), self.buckets[-1]
+        if self.provider == CPU:
+            self._run(largest)  # all that is ever new to it is memory, and the largest takes it
+            sizes = [bucket for bucket in sizes[:-1] if _power_of_two(bucket)] or sizes
         times_s = {}
-        for bucket in reversed(self.buckets):
-            if on_cpu and bucket < largest and not _power_of_two(bucket):
-                continue
-            for _ in range(self._cold_runs(bucket)):
+        for bucket in reversed(sizes):
+            for _ in range(_COLD_RUNS.get(self.provider, 1)):
                 self._run(bucket)
-            if on_cpu and bucket == largest > 1:
-                continue
             took_s = self._timed(bucket)
             times_s[bucket] = took_s if took_s > _QUICK_S else min(took_s, self._timed(bucket))
-        timed = max(times_s)
-        times_s.setdefault(largest, times_s[timed] * largest / timed)
+        times_s[largest] = times_s[sizes[-1]] * largest / sizes[-1]
         seen = sorted(times_s)
         between = np.interp(self.buckets, seen, [times_s[bucket] for bucket in seen])
         # In place: those who follow share it, and may have begun to.
@@ -136,13 +137,6 @@ class OrtEngine:
     def close(self) -> None:
         """Drops the buffers and the session; its memory is freed with the last executor that shares it."""
         self._runner.close()
-
-    def _cold_runs(self, bucket: int) -> int:
-        """Runs of a bucket, in the order of the warm-up, that are slower than those after them."""
-        if self.provider in GPU_PROVIDERS:
-            return 2  # the first allocates, the second captures a CUDA graph
-        # All that is ever new to the CPU provider is memory, and the largest has taken it.
-        return int(self.provider != CPU or bucket == self.buckets[-1])
 
     def _timed(self, bucket: int) -> float:
         """Seconds of a batch on a machine that has nothing else to do: what it cost, where the caller's thread paid.

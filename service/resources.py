@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import math
 import os
 from collections.abc import Mapping
@@ -15,11 +16,19 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 
-# glibc's malloc.h and mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # Above what a request allocates again and again (a decoded photo), below most of what a model does.
 _LARGE_BYTES = 1 << 20
 _KEPT_BYTES = 8 << 20
+
+
+class Malloc(enum.IntEnum):
+    """What glibc's malloc can be told, by mallopt(3)'s numbers."""
+
+    TRIM_THRESHOLD = -1
+    TOP_PAD = -2
+    MMAP_THRESHOLD = -3
+    MMAP_MAX = -4
+    ARENA_MAX = -8
 
 
 def cpu_count(cgroup: Path = _CGROUP) -> int:
@@ -77,7 +86,7 @@ def return_large_blocks() -> None:
     Left alone it learns from the first model it frees to keep blocks of up to 32 MiB in heaps, one for each of many
     threads, and never trims the ends of those: memory grows with each reload until every heap has held a model.
     """
-    tell_malloc({_M_MMAP_THRESHOLD: _LARGE_BYTES, _M_TRIM_THRESHOLD: _KEPT_BYTES})
+    tell_malloc({Malloc.MMAP_THRESHOLD: _LARGE_BYTES, Malloc.TRIM_THRESHOLD: _KEPT_BYTES})
 
 
 def share_heap() -> None:
@@ -86,11 +95,11 @@ def share_heap() -> None:
     Left alone it makes up to eight heaps for each core. Loading a model leaves a few small things behind in one of
     them between its own, and the next one is loaded into another: memory grows until every heap is in pieces.
     """
-    tell_malloc({_M_ARENA_MAX: 1})
+    tell_malloc({Malloc.ARENA_MAX: 1})
 
 
-def tell_malloc(options: Mapping[int, int]) -> None:
-    """Sets options of glibc's malloc, by the numbers that mallopt(3) has for them; elsewhere does nothing."""
+def tell_malloc(options: Mapping[Malloc, int]) -> None:
+    """Sets options of glibc's malloc; elsewhere does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value in options.items():

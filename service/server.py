@@ -175,6 +175,7 @@ class Server:
             window_s=settings.batch_window_ms / 1000,
             codel_target_s=settings.codel_target_ms / 1000,
             in_turn_s=0.0 if threaded else _IN_TURN_S,
+            gently=any(True for _ in self.repository),
             on_device_lost=self._lose_device,
         )
 

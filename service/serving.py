@@ -124,6 +124,7 @@ def load(
     window_s: float,
     codel_target_s: float,
     in_turn_s: float,
+    gently: bool,
     on_device_lost: Callable[[DeviceLostError], None],
 ) -> tuple[ServedModel, float]:
     """Verifies, builds, warms up and checks one version. Blocking: call it off the event loop.
@@ -135,6 +136,7 @@ def load(
         window_s: see `Batcher`.
         codel_target_s: waiting time that a standing queue may have, at least; 0 never sheds.
         in_turn_s: a model that classifies one image in less runs on the event loop itself.
+        gently: other models are being served: their requests go first while files are verified.
         on_device_lost: told when a device is gone for good.
 
     Returns:
@@ -146,7 +148,7 @@ def load(
     began = time.monotonic()
     threads.computes()  # with what the runtime starts from here
     version = artifact.unverified(path)
-    threads.in_background(artifact.verify, version, gently=True)
+    threads.in_background(artifact.verify, version, gently=gently)
     engines = list(build(version))
     try:
         difference = max(canary.check(version, engine) for engine in engines)

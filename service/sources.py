@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from service import artifact
+from service import artifact, publication
 from service.errors import ArtifactError, ConfigurationError
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -132,7 +132,7 @@ class RemoteSource:
             manifest = self._filesystem.cat_file(f"{source}/{artifact.MANIFEST}")
             if target.is_dir() and (target / artifact.MANIFEST).read_bytes() == manifest:
                 return target
-            staging = artifact.staging_dir(self._mirror, name, number)
+            staging = publication.staging_dir(self._mirror, name, number)
             try:
                 self._download(source, staging, manifest)
                 artifact.load(staging)

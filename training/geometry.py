@@ -29,20 +29,13 @@ class Geometry:
 
     def gather(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Flips and whole-pixel shifts of uint8[N, H, W, C]: exact, and on a quarter of float's bytes."""
-        padding, fill = self._config.crop_padding, self._config.fill
-        moved = images
-        if padding:
-            height, width = images.shape[1:3]
-            # Every crop is a window of the padded image, and a view: only the chosen ones are copied, row by row.
-            windows = _padded(images, padding, fill).unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
-            number = torch.arange(len(images), device=images.device)
-            down, right = self._pixels(uniform, Column.CROP_Y), self._pixels(uniform, Column.CROP_X)
-            moved = windows[number, down + padding, right + padding]
-        for vertical, axis in ((True, 1), (False, 2)):
-            if self._config.vertical_flip if vertical else self._config.horizontal_flip:
-                flipped = self._flipped(uniform, vertical=vertical)[:, None, None, None]
-                moved = torch.where(flipped, moved.flip(axis), moved)
-        return moved
+        if self._config.crop_padding:
+            images = self._cropped(images, uniform)
+        if self._config.vertical_flip:
+            images = _flip_some(images, self._flipped(uniform, vertical=True), 1)
+        if self._config.horizontal_flip:
+            images = _flip_some(images, self._flipped(uniform, vertical=False), 2)
+        return images
 
     def resample(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Bilinear sampling of float32[N, C, H, W] under `matrices`."""
@@ -81,6 +74,15 @@ class Geometry:
             shift_y = shift_y + signed(uniform, Column.CROP_Y) * (1 - crop_y)
         return field * crop_x, field * crop_y, shift_x, shift_y
 
+    def _cropped(self, images: Tensor, uniform: Tensor) -> Tensor:
+        """A window of each padded image. All windows are views: only the chosen ones are copied, row by row."""
+        padding, (height, width) = self._config.crop_padding, images.shape[1:3]
+        padded = _padded(images, padding, self._config.fill)
+        windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
+        number = torch.arange(len(images), device=images.device)
+        down, right = self._pixels(uniform, Column.CROP_Y), self._pixels(uniform, Column.CROP_X)
+        return windows[number, down + padding, right + padding]
+
     def _pixels(self, uniform: Tensor, column: Column) -> Tensor:
         """int64[N]: whole pixels in -padding..padding, all equally likely."""
         padding = self._config.crop_padding
@@ -90,6 +92,11 @@ class Geometry:
         enabled = self._config.vertical_flip if vertical else self._config.horizontal_flip
         drawn = coin(uniform, Column.FLIP_Y if vertical else Column.FLIP_X)
         return drawn if enabled else torch.zeros_like(drawn)
+
+
+def _flip_some(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
+    """Flips the images that bool[N] `chosen` names."""
+    return torch.where(chosen[:, None, None, None], images.flip(axis), images)
 
 
 def _padded(images: Tensor, padding: int, fill: str) -> Tensor:

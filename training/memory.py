@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from service import resources
+from service.resources import Malloc, return_large_blocks, tell_malloc, trim_memory
 
-# glibc's malloc.h and mallopt(3).
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_MMAP_MAX, _TOP_PAD_BYTES = 65_536, 128 << 10  # its defaults
+_MMAP_MAX, _TOP_PAD_BYTES = 65_536, 128 << 10  # glibc's defaults
 _NEVER = 2**31 - 1
 _STEP_BYTES = 64 << 20
 
@@ -24,10 +22,10 @@ def kept_memory() -> Iterator[None]:
 
     The peak stays about what it was: what is kept is what the next step needs.
     """
-    resources.tell_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _STEP_BYTES})
+    tell_malloc({Malloc.MMAP_MAX: 0, Malloc.TRIM_THRESHOLD: _NEVER, Malloc.TOP_PAD: _STEP_BYTES})
     try:
         yield
     finally:
-        resources.tell_malloc({_M_MMAP_MAX: _MMAP_MAX, _M_TOP_PAD: _TOP_PAD_BYTES})
-        resources.return_large_blocks()
-        resources.trim_memory()
+        tell_malloc({Malloc.MMAP_MAX: _MMAP_MAX, Malloc.TOP_PAD: _TOP_PAD_BYTES})
+        return_large_blocks()
+        trim_memory()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifact
+from service import artifact, publication
 from service.artifact import Canary, InputSpec, Manifest
 from service.errors import ArtifactError, ConfigurationError, DataError, InvalidImageError
 from service.preprocess import preprocess
@@ -37,7 +37,7 @@ def staged(repository: Path, name: str) -> Iterator[Path]:
     """
     model_dir = repository / name
     try:
-        staging = artifact.staging_dir(repository, name, next_version(model_dir))
+        staging = publication.staging_dir(repository, name, next_version(model_dir))
     except OSError as error:
         raise ConfigurationError(
             f"the repository {repository} cannot be written: {error.strerror or error}; choose another directory"
@@ -76,7 +76,7 @@ def publish_next(staging: Path, repository: Path, name: str, manifest_of: Callab
     for _ in range(_MAX_RACES):
         manifest = manifest_of(next_version(repository / name))
         try:
-            return artifact.publish(staging, repository, manifest)
+            return publication.publish(staging, repository, manifest)
         except ArtifactError:
             if not (repository / name / str(manifest.version)).exists():
                 raise
@@ -101,10 +101,10 @@ def publish(
     Raises:
         ArtifactError: the graph breaks the contract, or the version cannot be published.
     """
-    files = artifact.list_files(staging)
+    files = publication.list_files(staging)
 
     def manifest_of(version: int) -> Manifest:
-        manifest = Manifest(version=version, created=artifact.now(), files=files, libraries=libraries(), **fields)
+        manifest = Manifest(version=version, created=publication.now(), files=files, libraries=libraries(), **fields)
         artifact.check_signature(manifest, *session.signature)
         card = staging / artifact.CARD
         card.write_text(render(manifest), encoding="utf-8")

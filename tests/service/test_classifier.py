@@ -53,6 +53,7 @@ async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0
         window_s=0.0,
         codel_target_s=0.0,
         in_turn_s=in_turn_s,
+        gently=False,
         on_device_lost=pytest.fail,
     )
     decoder = decode_pool(2, metrics.stage("decode"))

@@ -28,6 +28,7 @@ async def opened(root, before_load=lambda: None, **options):
             window_s=0.0,
             codel_target_s=0.0,
             in_turn_s=0.0,
+            gently=True,
             on_device_lost=pytest.fail,
         )
 

@@ -25,7 +25,7 @@ from grpc import aio
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from service import artifact, serving
+from service import artifact, publication, serving
 from service.admission import Admission
 from service.artifact import Canary, InputSpec, Manifest, Resize, Variant
 from service.classifier import Classifier
@@ -160,7 +160,7 @@ def write_version(
     """
     spec = spec or InputSpec(height=8, width=8, channels=1, resize=Resize(mode="stretch"))
     labels = tuple(labels or (f"level {k}" for k in range(classes)))
-    staging = artifact.staging_dir(Path(repository), name, number)
+    staging = publication.staging_dir(Path(repository), name, number)
     model = grey_graph(classes, spec, **graph_options or {})
     onnx.save_model(
         model, staging / artifact.MODEL, save_as_external_data=external_data, location="weights.bin", size_threshold=0
@@ -176,16 +176,16 @@ def write_version(
     manifest = Manifest(
         name=name,
         version=number,
-        created=artifact.now(),
+        created=publication.now(),
         architecture="grey",
         classes=labels,
         input=spec,
-        files=artifact.list_files(staging),
+        files=publication.list_files(staging),
         variants=(Variant(name="fp32", file=artifact.MODEL, accuracy=1.0),),
         canary=Canary(images=images, probabilities=tuple(map(tuple, rows.tolist()))),
         metrics={"accuracy": 1.0},
     )
-    return artifact.publish(staging, Path(repository), manifest)
+    return publication.publish(staging, Path(repository), manifest)
 
 
 # --- an engine that a test holds in its hand
@@ -306,6 +306,7 @@ async def toy_stand(
             window_s=0.0,
             codel_target_s=0.0,
             in_turn_s=0.0,
+            gently=False,
             on_device_lost=lost.append,
         )
 

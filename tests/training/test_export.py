@@ -7,7 +7,7 @@ import onnx
 import pytest
 from torch import nn
 
-from service import artifact
+from service import artifact, publication
 from service.artifact import InputSpec
 from service.errors import ArtifactError, ConfigurationError, DataError, TrainingError
 from service.preprocess import preprocess
@@ -129,11 +129,11 @@ def manifest_of(staging):
         return artifact.Manifest(
             name="m",
             version=version,
-            created=artifact.now(),
+            created=publication.now(),
             architecture="a",
             classes=("x", "y"),
             input=InputSpec(height=1, width=1),
-            files=artifact.list_files(staging),
+            files=publication.list_files(staging),
             variants=(artifact.Variant(name="fp32", file="model.onnx"),),
             canary=canary,
         )

@@ -97,6 +97,27 @@ def test_whole_pixel_shifts_agree_with_numpy_padding(fill):
         np.testing.assert_array_equal(Geometry(config).gather(images, draw)[0].numpy(), expected)
 
 
+@pytest.mark.parametrize("fill", ["zeros", "border", "reflection"])
+def test_each_image_has_a_crop_and_flips_of_its_own_even_if_the_padding_is_wider_than_it(fill):
+    padding, height, width = 12, 5, 4
+    images = torch.randint(
+        0, 256, (60, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    config = AugmentConfig(**STILL, crop_padding=padding, horizontal_flip=True, vertical_flip=True, fill=fill)
+    uniform = draws(60, 3, 0)
+
+    gathered = Geometry(config).gather(images, uniform).numpy()
+
+    mode = {"zeros": "constant", "border": "edge", "reflection": "symmetric"}[fill]
+    padded = np.pad(images.numpy(), ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode=mode)
+    for image, drawn, found in zip(padded, uniform.numpy(), gathered, strict=True):
+        top, left = (int(drawn[column] * (2 * padding + 1)) for column in (Column.CROP_Y, Column.CROP_X))
+        window = image[top : top + height, left : left + width]
+        window = window[::-1] if drawn[Column.FLIP_Y] < 0.5 else window
+        window = window[:, ::-1] if drawn[Column.FLIP_X] < 0.5 else window
+        np.testing.assert_array_equal(found, window)
+
+
 def test_a_crop_of_the_area_is_an_enlarged_part_of_the_image():
     images = photo(64, 64)
     config = AugmentConfig(**STILL, crop_area=0.25)

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from service import artifact
+from service import publication
 from service.artifact import Canary, FileEntry, Manifest, RejectedVariant, Variant
 from training import calibrate, report
 from training.runtime import Outputs
@@ -48,7 +48,7 @@ def manifest_of(trained, **changes):
     fields = {
         "name": trained.name,
         "version": 3,
-        "created": artifact.now(),
+        "created": publication.now(),
         "architecture": trained.architecture,
         "classes": trained.classes,
         "input": trained.input,
