@@ -6,6 +6,7 @@ the uninterrupted one would have seen, whatever the number of processes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from training.distributed import Group
 from training.draws import draws
 from training.seeds import Purpose, derive
 
-_AHEAD = 3
+# Several at once: on the CPU each time that the thread wakes it takes a core from the step that is being computed.
+_FEWEST_AHEAD, _MADE_AT_ONCE = 2, 4
 
 
 class Batch(NamedTuple):
@@ -132,12 +134,15 @@ def balancing_weights(labels: NDArray[np.int64]) -> NDArray[np.float64]:
 def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Makes the next few batches in a thread while the loop works on the current one."""
     iterator = iter(batches)
-    waiting: list[Future[Batch | None]] = []
+    waiting: deque[Future[Batch | None]] = deque()
     with ThreadPoolExecutor(1) as thread:
         try:
-            waiting = [thread.submit(next, iterator, None) for _ in range(_AHEAD)]
-            while (batch := waiting.pop(0).result()) is not None:
-                waiting.append(thread.submit(next, iterator, None))
+            while True:
+                if len(waiting) <= _FEWEST_AHEAD:
+                    waiting.extend(thread.submit(next, iterator, None) for _ in range(_MADE_AT_ONCE))
+                batch = waiting.popleft().result()
+                if batch is None:
+                    return
                 yield batch
         finally:
             for future in waiting:

@@ -28,14 +28,19 @@ class Geometry:
         self.moves = bool(config.crop_padding or config.horizontal_flip or config.vertical_flip)
 
     def gather(self, images: Tensor, uniform: Tensor) -> Tensor:
-        """Flips and whole-pixel shifts of uint8[N, H, W, C]: exact, and on a quarter of float's bytes."""
-        if self._config.crop_padding:
-            images = self._cropped(images, uniform)
-        if self._config.vertical_flip:
-            images = _flip_some(images, self._flipped(uniform, vertical=True), 1)
-        if self._config.horizontal_flip:
-            images = _flip_some(images, self._flipped(uniform, vertical=False), 2)
-        return images
+        """Flips and whole-pixel shifts of uint8[N, H, W, C]: exact, each pixel copied once."""
+        count, height, width, channels = images.shape
+        rows = self._fetched(uniform, height, Column.CROP_Y, self._flipped(uniform, vertical=True))
+        columns = self._fetched(uniform, width, Column.CROP_X, self._flipped(uniform, vertical=False))
+        padding, fill = self._config.crop_padding, self._config.fill
+        if fill == "zeros":
+            images = functional.pad(images, (0, 0, padding, padding, padding, padding))
+            rows, columns = rows + padding, columns + padding
+        else:
+            rows, columns = _fold(rows, height, fill), _fold(columns, width, fill)
+        first = torch.arange(count, device=images.device)[:, None] * images.shape[1]
+        pixels = ((first + rows) * images.shape[2])[:, :, None] + columns[:, None, :]
+        return images.reshape(-1, channels).index_select(0, pixels.flatten()).view(count, height, width, channels)
 
     def resample(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Bilinear sampling of float32[N, C, H, W] under `matrices`."""
@@ -74,14 +79,10 @@ class Geometry:
             shift_y = shift_y + signed(uniform, Column.CROP_Y) * (1 - crop_y)
         return field * crop_x, field * crop_y, shift_x, shift_y
 
-    def _cropped(self, images: Tensor, uniform: Tensor) -> Tensor:
-        """A window of each padded image. All windows are views: only the chosen ones are copied, row by row."""
-        padding, (height, width) = self._config.crop_padding, images.shape[1:3]
-        padded = _padded(images, padding, self._config.fill)
-        windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
-        number = torch.arange(len(images), device=images.device)
-        down, right = self._pixels(uniform, Column.CROP_Y), self._pixels(uniform, Column.CROP_X)
-        return windows[number, down + padding, right + padding]
+    def _fetched(self, uniform: Tensor, size: int, shift: Column, flipped: Tensor) -> Tensor:
+        """int64[N, size]: the row, or column, that each of the output is fetched from; some lie outside."""
+        places = torch.arange(size, device=uniform.device)
+        return torch.where(flipped[:, None], places.flip(0), places) + self._pixels(uniform, shift)[:, None]
 
     def _pixels(self, uniform: Tensor, column: Column) -> Tensor:
         """int64[N]: whole pixels in -padding..padding, all equally likely."""
@@ -92,24 +93,6 @@ class Geometry:
         enabled = self._config.vertical_flip if vertical else self._config.horizontal_flip
         drawn = coin(uniform, Column.FLIP_Y if vertical else Column.FLIP_X)
         return drawn if enabled else torch.zeros_like(drawn)
-
-
-def _flip_some(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
-    """Flips the images that bool[N] `chosen` names."""
-    return torch.where(chosen[:, None, None, None], images.flip(axis), images)
-
-
-def _padded(images: Tensor, padding: int, fill: str) -> Tensor:
-    """uint8[N, H, W, C] with so many pixels more on every side."""
-    if fill == "zeros":
-        return functional.pad(images, (0, 0, padding, padding, padding, padding))
-    for axis in (1, 2):
-        size = images.shape[axis]
-        outside = torch.arange(-padding, padding, device=images.device)  # of the first pixel, then of the last
-        outside[padding:] += size
-        before, after = (images.index_select(axis, part) for part in _fold(outside, size, fill).chunk(2))
-        images = torch.cat([before, images, after], dim=axis)
-    return images
 
 
 def _fold(index: Tensor, size: int, fill: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,22 +47,23 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        """Follows `model`, whose tensors have to stay the same ones."""
         self.model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
         self._decay = decay
+        # Both are looked up once: in small models that takes longer than averaging.
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # BatchNorm counts its batches
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Moves the average towards `model` after `step` steps."""
+    def update(self, step: int) -> None:
+        """Moves the average towards the model after `step` steps."""
         weight = 1 - min(self._decay, (1 + step) / (10 + step))
-        mine, theirs = _tensors(self.model), _tensors(model)
-        floating = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
-        # One call instead of one per tensor: with small models this is most of the cost.
-        torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], weight)
-        for a, b in zip(mine, theirs, strict=True):
-            if not a.is_floating_point():
-                a.copy_(b)  # BatchNorm counts its batches in integers
+        # One call instead of one per tensor.
+        torch._foreach_lerp_([mine for mine, _ in self._floating], [theirs for _, theirs in self._floating], weight)
+        for mine, theirs in self._counters:
+            mine.copy_(theirs)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    both: Iterable[Iterable[Tensor]] = (model.parameters(), model.buffers())
-    return [tensor.detach() for group in both for tensor in group]
+    return [*model.parameters(), *model.buffers()]

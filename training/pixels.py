@@ -34,6 +34,8 @@ class Normaliser:
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32[N, C, H, W] in 0..1 to the same, normalised."""
+        if self._scale.shape[1:] != images.shape[1:]:
+            self._scale, self._shift = (_of_size(numbers, images) for numbers in (self._scale, self._shift))
         return torch.addcmul(self._shift, images, self._scale)
 
 
@@ -67,6 +69,12 @@ def channel_statistics(
     for at in range(0, len(indices), _CHUNK):
         sums.add(images[indices[at : at + _CHUNK]])
     return sums.moments()
+
+
+def _of_size(numbers: Tensor, images: Tensor) -> Tensor:
+    """The channels' numbers for every pixel of an image: with three at a time the CPU cannot use its vector units."""
+    whole = numbers[:, :, :1, :1].expand(1, *images.shape[1:])
+    return whole.contiguous(memory_format=torch.channels_last)
 
 
 def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ from training.phases import Phase
 from training.pixels import Normaliser
 from training.precision import Precision, autocast
 from training.schedule import rate
-from training.seeds import Purpose, derive
+from training.seeds import Purpose, derive, reseed
 
 
 class Stepper:
@@ -104,7 +104,7 @@ class Stepper:
     def __call__(self, batch: Batch, step: int) -> Tensor:
         """One update; returns this process's share of the mean loss, detached, still on the device."""
         # The workers' dropout masks differ; those of a resumed run are the same as without the interruption.
-        torch.manual_seed(derive(self._experiment.loop.seed, Purpose.DROPOUT, step, self._group.rank))
+        reseed(self.device, derive(self._experiment.loop.seed, Purpose.DROPOUT, step, self._group.rank))
         self._set_rate(step)
         self._optimiser.zero_grad()
         loss = torch.zeros((), device=self.device)
@@ -186,7 +186,7 @@ class Stepper:
         self._scaler.step(self._optimiser)
         self._scaler.update()
         if self.average:
-            self.average.update(self.model, step)
+            self.average.update(step)
 
 
 def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor | Outputs]:

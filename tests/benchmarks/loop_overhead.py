@@ -2,8 +2,8 @@
 
     python tests/benchmarks/loop_overhead.py [--model resnet18] [--batch 128] [--turns 12]
 
-Three loops, each in a process of its own, take turns of at least half a second, so that all meet the same noise;
-medians count:
+Three loops, each in a process of its own, take turns of at least half a second in changing order, so that all meet the
+same noise; medians count:
 plain      float32, NCHW, inputs ready in memory: the loop of a tutorial
 stripped   the precision that `auto` chooses, channels_last, inputs ready: forward, backward, step and nothing else
 ours       the whole: batches from uint8, crop, flip, normalisation, label smoothing, average, loss check
@@ -42,7 +42,6 @@ from training.step import Stepper
 CPU = torch.device("cpu")
 CLASSES, SIDE = 10, 32
 WARM_UP = 3
-# Shorter turns would measure the caches and the waiting threads that the last one left behind.
 TURN_S = 0.5
 EPOCH_STEPS = 64
 PHASE_STEPS = 1_000_000
@@ -107,6 +106,7 @@ def worker(pipe: Connection, loop: str, name: str, batch: int, precision: str) -
         pipe.send((precision, torch.get_num_threads()))
         steps = 1
         while pipe.recv():
+            step()  # finds the caches as the others left them
             began = time.perf_counter()
             for _ in range(steps):
                 step()
@@ -149,9 +149,10 @@ def main() -> int:
         begin("stripped", precision)
         begin("plain", "float32")
         for round_ in range(rounds):
-            for loop, pipe in pipes.items():
-                pipe.send(True)
-                taken = pipe.recv()
+            order = list(pipes)
+            for loop in order[round_ % len(order) :] + order[: round_ % len(order)]:
+                pipes[loop].send(True)
+                taken = pipes[loop].recv()
                 if round_ >= WARM_UP:
                     times.setdefault(loop, []).append(taken)
     rates = {loop: chosen.batch / statistics.median(found) for loop, found in times.items()}

@@ -44,10 +44,10 @@ def test_the_average_follows_and_forgets_the_start(net):
         for parameter in net.parameters():
             parameter.fill_(3.0)
     net[1].num_batches_tracked.fill_(7)
-    average.update(net, 0)
+    average.update(0)
     torch.testing.assert_close(average.model[0].bias, 0.1 * start + 0.9 * 3)
     for step in range(1, 200):
-        average.update(net, step)
+        average.update(step)
     torch.testing.assert_close(average.model[0].weight, net[0].weight, atol=1e-4, rtol=0)
     assert average.model[1].num_batches_tracked == 7
     assert not any(p.requires_grad for p in average.model.parameters())
