@@ -125,14 +125,8 @@ class OrtEngine:
         times_s[largest] = times_s[sizes[-1]] * largest / sizes[-1]
         seen = sorted(times_s)
         between = np.interp(self.buckets, seen, [times_s[bucket] for bucket in seen])
-        # In place: those who follow share it, and may have begun to.
-        self.measured_s.update(zip(self.buckets, between.tolist(), strict=True))
+        self.measured_s = dict(zip(self.buckets, between.tolist(), strict=True))
         self._run(self.buckets[0], last_of_warm_up=True)
-
-    def follow(self, leader: OrtEngine) -> None:
-        """What is left to warm up of an executor that runs the session of another: the arena holds both at a time."""
-        self._run(self.buckets[-1])
-        self.measured_s = leader.measured_s
 
     def close(self) -> None:
         """Drops the buffers and the session; its memory is freed with the last executor that shares it."""
@@ -228,19 +222,18 @@ def side_by_side(engines: Sequence[OrtEngine]) -> ThreadPoolExecutor:
 def warm_up(engines: Sequence[OrtEngine]) -> None:
     """Warms up all executors at the same time, as they will run: what they measure includes what they share.
 
-    On the CPU provider one of them does so for all: they are as one, and other models are being served meanwhile.
+    On the CPU provider one of them does so for all: they are as one, and as other models are being served meanwhile,
+    a core is left to those.
 
     Raises:
         EngineError: a bucket cannot be run.
     """
-    first, *others = engines
-    with side_by_side(engines) as pool:
-        warming = [pool.submit(first.warm_up)]
-        warming += [
-            pool.submit(one.follow, first) if one.provider == CPU else pool.submit(one.warm_up) for one in others
-        ]
-        for future in warming:
+    leaders = engines[:1] if engines[0].provider == CPU else engines
+    with side_by_side(leaders) as pool:
+        for future in [pool.submit(one.warm_up) for one in leaders]:
             future.result()
+    for one in engines[len(leaders) :]:
+        one.measured_s = engines[0].measured_s
 
 
 def _power_of_two(size: int) -> bool:

@@ -176,7 +176,7 @@ class Settings(BaseSettings):
         0, ge=0, le=256, description="Batches of a model at a time on the CPU; 0 chooses from the cgroup's quota."
     )
     cpu_batch_ms: float = Field(
-        100.0,
+        50.0,
         ge=0,
         description="Time that the largest batch may take on a CPU, in milliseconds: larger ones are no faster there "
         "and make others wait. 0 leaves it to max_batch_size.",
