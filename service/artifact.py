@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service import threads
 from service.errors import ArtifactError
 
 SCHEMA_VERSION = 1
@@ -323,22 +323,13 @@ def check_signature(
 
 
 def file_entry(path: Path, *, gently: bool = False) -> FileEntry:
-    """Size and SHA-256 of a file.
-
-    Gently, it rests after each piece for as long as that took: a thread that wakes to answer a request then waits half
-    a millisecond for a CPU at most, where a low priority alone lets it wait for the scheduler's next tick.
-    """
+    """Size and SHA-256 of a file; gently, others have the CPU for half of the time (`threads.in_turns`)."""
     digest = hashlib.sha256()
     size = 0
-    with path.open("rb", buffering=0) as stream:
-        chunk = memoryview(bytearray(min(_CHUNK_BYTES, path.stat().st_size + 1)))
-        began = time.perf_counter()
-        while count := stream.readinto(chunk):
-            digest.update(chunk[:count])
-            size += count
-            if gently:
-                time.sleep(time.perf_counter() - began)
-                began = time.perf_counter()
+    pieces = _pieces(path)
+    for piece in threads.in_turns(pieces) if gently else pieces:
+        digest.update(piece)
+        size += len(piece)
     return FileEntry(sha256=digest.hexdigest(), size_bytes=size)
 
 
@@ -347,6 +338,14 @@ def versions(model_dir: Path) -> list[int]:
     if not model_dir.is_dir():
         return []
     return sorted(int(p.name) for p in model_dir.iterdir() if re.fullmatch(r"[1-9]\d*", p.name) and p.is_dir())
+
+
+def _pieces(path: Path) -> Iterator[memoryview]:
+    """The file's bytes, all in the same buffer, one after the other."""
+    with path.open("rb", buffering=0) as stream:
+        buffer = memoryview(bytearray(min(_CHUNK_BYTES, path.stat().st_size + 1)))
+        while count := stream.readinto(buffer):
+            yield buffer[:count]
 
 
 def _verify_file(path: Path, entry: FileEntry, *, gently: bool) -> None:

@@ -32,7 +32,7 @@ from service.sources import Fingerprint, Source, wanted_versions
 _log = logs.get("repository")
 
 # Loads a version from its directory; gives its canary's largest difference, too. Blocking.
-Loader = Callable[[Path], tuple[ServedModel, float]]
+Loader = Callable[[Path, bool], tuple[ServedModel, float]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Repository:
 
     Args:
         source: where versions come from.
-        load: makes a served model of a directory.
+        load: makes a served model of a directory; gently if it is told so.
         metrics: receives load times, failures, canaries.
         names: the models to serve; empty means all.
         routings: of models that do not follow the default.
@@ -381,7 +381,8 @@ class Repository:
         model.seen[number] = fingerprint
         try:
             path = await asyncio.to_thread(self._source.fetch, name, number)
-            served, difference = await asyncio.to_thread(self._load, path)
+            gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
+            served, difference = await asyncio.to_thread(self._load, path, gently)
             if served.name != name:
                 await served.release(0)
                 raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")

@@ -164,7 +164,7 @@ class Server:
 
     # --- loading
 
-    def _load_version(self, path: Path) -> tuple[ServedModel, float]:
+    def _load_version(self, path: Path, gently: bool) -> tuple[ServedModel, float]:
         settings = self._settings
         # Who sets executors or a window wants threads.
         threaded = settings.wishes(path.parent.name).executors or settings.batch_window_ms
@@ -175,7 +175,7 @@ class Server:
             window_s=settings.batch_window_ms / 1000,
             codel_target_s=settings.codel_target_ms / 1000,
             in_turn_s=0.0 if threaded else _IN_TURN_S,
-            gently=any(True for _ in self.repository),
+            gently=gently,
             on_device_lost=self._lose_device,
         )
 

@@ -13,12 +13,14 @@ import os
 import platform
 import struct
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 _BACKGROUND_NICE = 10
 # The shortest that Linux grants, and what stands for the system's own choice.
@@ -70,3 +72,16 @@ def in_background(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """
     with ThreadPoolExecutor(1, thread_name_prefix="background", initializer=lower_priority) as pool:
         return pool.submit(work, *args, **kwargs).result()
+
+
+def in_turns(pieces: Iterable[T]) -> Iterator[T]:
+    """The pieces of a long work; after each it sleeps for as long as that took.
+
+    A thread that wakes to answer a request then waits for one small piece at most. A low priority alone lets it wait
+    for the scheduler's next tick.
+    """
+    began = time.perf_counter()
+    for piece in pieces:
+        yield piece
+        time.sleep(time.perf_counter() - began)
+        began = time.perf_counter()

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import grpc
 import pytest
+import raw_http2
 import trustme
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -117,6 +119,17 @@ async def test_overload_flips_neither_readiness_nor_liveness(rendered, repositor
                 assert await asyncio.to_thread(pod.probe, "liveness")
                 await load.answered(100)
         assert load.outcomes.keys() == {"OK", "UNAVAILABLE"}
+
+
+def test_clients_that_hold_every_connection_get_nothing_restarted(rendered, repository, tmp_path):
+    with (
+        replica(rendered("base"), repository, tmp_path, environment={"CONVOY_MAX_CONNECTIONS": "2"}) as pod,
+        raw_http2.connected(pod.port),
+        raw_http2.connected(pod.port),
+    ):
+        with pytest.raises(grpc.RpcError):
+            pod.probe("readiness")
+        assert pod.probe("liveness")
 
 
 def run_init(rendered, image, models):

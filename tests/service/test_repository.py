@@ -15,12 +15,12 @@ from service.sources import LocalSource
 
 
 @asynccontextmanager
-async def opened(root, before_load=lambda: None, **options):
+async def opened(root, before_load=lambda gently: None, **options):
     """A repository with toy engines, not loaded yet."""
     metrics = Metrics()
 
-    def load(path):
-        before_load()
+    def load(path, gently):
+        before_load(gently)
         return serving.load(
             path,
             lambda version: [toys.ToyEngine(len(version.manifest.classes))],
@@ -28,7 +28,7 @@ async def opened(root, before_load=lambda: None, **options):
             window_s=0.0,
             codel_target_s=0.0,
             in_turn_s=0.0,
-            gently=True,
+            gently=gently,
             on_device_lost=pytest.fail,
         )
 
@@ -154,7 +154,7 @@ class Gate:
         self.open = threading.Event()
         self.open.set()
 
-    def __call__(self):
+    def __call__(self, _gently):
         self.began.set()
         assert self.open.wait(toys.TIMEOUT_S)
 
@@ -192,3 +192,11 @@ async def test_closing_does_not_wait_for_a_load_under_way(root):
             await task
 
         assert served(repository) == []
+
+
+async def test_only_what_loads_beside_a_served_model_loads_gently(root):
+    gently = []
+    async with opened(root, gently.append, names=("grey",)) as repository:
+        await repository.load_all()
+        await repository.load("grey")
+    assert gently == [False, True]

@@ -29,6 +29,17 @@ def test_what_fails_in_the_background_fails_its_caller():
         threads.in_background(divmod, 1, 0)
 
 
+def test_work_in_turns_sleeps_for_as_long_as_each_piece_took(monkeypatch):
+    clock, slept = [0.0], []
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(threads.time, "sleep", slept.append)
+
+    for seconds in threads.in_turns([1.0, 0.25]):
+        clock[0] += seconds
+
+    assert slept == [1.0, 0.25]
+
+
 def slice_ns():
     """The slice of the calling thread, as sched_getattr(2) tells it."""
     attributes = struct.Struct("=IIQiIQQQ")

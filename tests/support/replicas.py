@@ -111,6 +111,10 @@ class Replica:
         return self._report["grpc"]
 
     @property
+    def port(self):
+        return int(self.address.rpartition(":")[2])
+
+    @property
     def http(self):
         return f"http://{self._report['http']}"
 

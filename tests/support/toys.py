@@ -296,7 +296,7 @@ async def toy_stand(
         if not (root / name).exists():
             write_version(root, name, classes=engine.classes)
 
-    def load(path):
+    def load(path, gently):
         if loading:
             loading(path)
         return serving.load(
@@ -306,7 +306,7 @@ async def toy_stand(
             window_s=0.0,
             codel_target_s=0.0,
             in_turn_s=0.0,
-            gently=False,
+            gently=gently,
             on_device_lost=lost.append,
         )
 
