@@ -10,7 +10,7 @@ holds the interpreter's lock anyway; they are decoded where they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.artifact import InputSpec
 from service.batcher import Batcher, Job, Observer, OneByOne
@@ -20,8 +20,7 @@ from service.preprocess import Limits, Pixels, preprocess
 from service.schedule import Part
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Images as they came, and the model input they are for. `pixels`: uint8[n, H, W, C], filled by the decoder."""
 
     images: Sequence[bytes]

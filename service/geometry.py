@@ -8,7 +8,7 @@ rounded to even. Here the crop is taken back to the source, so that the resize m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.artifact import InputSpec
 
@@ -21,8 +21,7 @@ _ROWS_REVERSED = frozenset({3, 4, 6, 7})
 _SUPPORT = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """A box of the stored image, in pixels (fractions allowed), and the size it is resized to, before orienting."""
 
     left: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from service import exif
 from service.errors import ImageFault, InvalidImageError
@@ -32,8 +32,7 @@ _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """Size in pixels as stored, before the orientation is applied.
 
     `orientation` is EXIF's, 1 to 8; 1 is upright and what damaged or missing EXIF counts as. `components` is the
@@ -74,7 +73,10 @@ def sniff(data: bytes) -> str | None:
     """Name of the format by its first bytes ("JPEG", "PNG", "WEBP", "BMP", "GIF"), or None."""
     if data.startswith(b"RIFF"):
         return "WEBP" if data[8:12] == b"WEBP" else None
-    return next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
+    for magic, name in _MAGIC.items():
+        if data.startswith(magic):
+            return name
+    return None
 
 
 def _corrupt(name: str, what: str) -> InvalidImageError:

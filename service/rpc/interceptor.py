@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
-import structlog
 from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health
@@ -146,7 +145,6 @@ class _Watched:
         began = time.monotonic()
         self._started.inc()
         request_id = _request_id(context)
-        structlog.contextvars.clear_contextvars()
         logs.request_context(request_id=request_id, method=self._name)
         trailers: tuple[tuple[str, str], ...] = ((REQUEST_ID, request_id),)
         context.set_trailing_metadata(trailers)
