@@ -219,7 +219,6 @@ class Batcher(Generic[P, R]):
         *,
         flow: Hashable = None,
         priority: int = 0,
-        alone: bool = False,
     ) -> asyncio.Future[Done[R]]:
         """Queues a job. Cancelling the future takes the job out before it runs.
 
@@ -229,8 +228,6 @@ class Batcher(Generic[P, R]):
             deadline: monotonic seconds.
             flow: what shares fairly.
             priority: smaller goes first.
-            alone: the caller submits nothing else in this turn of the loop. Where batches run in turn and nothing
-                waits, the job then runs before this returns, and the future is done.
 
         Returns:
             A future with the results. It fails with ExpiredError (never ran, or not wholly), OverloadedError
@@ -244,14 +241,8 @@ class Batcher(Generic[P, R]):
             if self._closed:
                 future.set_exception(DrainingError("the server is shutting down"))
                 return future
-            at_once = self._in_turn if alone and self._is_next(job) else None
-            if at_once is None:
-                self._queue.push(job, flow)
-            else:
-                self._running += size
-        if at_once is not None:
-            self._deliver(self._ran(at_once, Taken([Part(job, 0, size)])))
-        elif not self._notifying:
+            self._queue.push(job, flow)
+        if not self._notifying:
             self._notifying = True
             self._loop.call_soon(self._notify)
         return future
@@ -285,14 +276,6 @@ class Batcher(Generic[P, R]):
         if len(self._queue) and not self._notifying:  # the rest after what else the loop has to do
             self._notifying = True
             self._call(self._notify)
-
-    def _is_next(self, job: Job[P, R]) -> bool:
-        """Whether a job that comes now would be the next batch, as it is. Under the lock."""
-        if len(self._queue) or self._sizes.best_batch(job.size) != job.size:
-            return False
-        if job.deadline < job.submitted + self._sizes.cautious_s(job.size):
-            return False  # `_close_batch` says what becomes of it
-        return self._codel is None or not self._codel.sheds(0.0, job.submitted)  # it has not waited
 
     # --- on the owner threads
 

@@ -127,7 +127,7 @@ class Classifier:
 
     async def _work(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
         if len(images) <= CHUNK_IMAGES:
-            return await self._chunk(model, images, query, deadline, alone=True)
+            return await self._chunk(model, images, query, deadline)
         return _joined(await _all(self._chunk(model, chunk, query, deadline) for chunk in _chunks(images)))
 
     async def _shadowed(self, shadow: ServedModel, images: Sequence[bytes], deadline: float) -> Sequence[int | None]:
@@ -145,9 +145,7 @@ class Classifier:
         if not 0 <= query.min_score <= 1:
             raise InvalidRequestError(f"min_score is {query.min_score:g}, but scores are between 0 and 1")
 
-    async def _chunk(
-        self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float, *, alone: bool = False
-    ) -> Result:
+    async def _chunk(self, model: ServedModel, images: Sequence[bytes], query: Query, deadline: float) -> Result:
         spec = model.version.manifest.input
         work = Encoded(images, spec, self._limits, np.empty((len(images), *spec.shape), np.uint8))
         faults, decoding = await self._decode(model.name, work, query, deadline)
@@ -155,7 +153,7 @@ class Classifier:
         if not good:
             return Result([faults[position] for position in range(len(images))], decoding)
         pixels = work.pixels[good] if faults else work.pixels
-        inferring = model.batcher.submit(pixels, len(good), deadline, priority=query.priority, alone=alone)
+        inferring = model.batcher.submit(pixels, len(good), deadline, priority=query.priority)
         inferred = await _in_time(inferring, deadline)
         timing = Timing(decoding.queue_s + inferred.queue_s, decoding.decode_s, inferred.run_s)
         found = answers(inferred.rejoined(join_outputs), query)
@@ -275,13 +273,11 @@ def _joined(results: Sequence[Result]) -> Result:
 async def _in_time(future: asyncio.Future[T], deadline: float) -> T:
     """What a job gives, unless the deadline (monotonic seconds) comes first.
 
-    One timer, and none for what is done already: `asyncio.timeout_at` costs several times as much, for each request.
+    One timer: `asyncio.timeout_at` costs several times as much, for each request.
 
     Raises:
         ExpiredError: the deadline came first; the job is given up.
     """
-    if future.done():
-        return future.result()
     # Event loops keep a monotonic clock of their own; uvloop's differs from time.monotonic by its start.
     timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), _expire, future)
     try:

@@ -1,11 +1,14 @@
-"""A gRPC server that one strange frame does not end.
+"""A gRPC server that takes calls faster than grpc.aio's own, and that one strange frame does not end.
 
-grpc.aio takes all calls in one task, and decodes there, as UTF-8, the path of a call to a method that it does not have.
-A path that is no UTF-8 ends that task, and the library answers that by stopping the server: calls in flight are
-cancelled and the port closes, for the sake of one frame that anybody who reaches the port can send. (Seen with grpcio
-1.85; TLS with client certificates narrows down who can.) So calls to unknown methods are taken here, by a task of their
-own that answers UNIMPLEMENTED and never looks at the path. Known methods are registered with the library and go its
-own way.
+grpc.aio takes all calls in one task: one call of each method, for which it waits on all methods, then the next. With
+tiny models that is a good part of what a call costs, and each turn of the event loop sees one call, so that there is
+nothing to batch. Here several calls of a method are taken at a time, each by a task that waits for nothing else.
+
+That task of the library also decodes, as UTF-8, the path of a call to a method that it does not have. A path that is no
+UTF-8 ends it, and the library answers that by stopping the server: calls in flight are cancelled and the port closes,
+for the sake of one frame that anybody who reaches the port can send. (Seen with grpcio 1.85; TLS with client
+certificates narrows down who can.) So calls to unknown methods are taken here, too, and answered with UNIMPLEMENTED
+without a look at the path.
 
 This leans on parts of grpcio that are not its public API. Where a release does not have them, the library's own server
 serves, and the log says what that means.
@@ -15,8 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple
 
 import grpc
 from grpc import aio
@@ -30,48 +33,96 @@ _library: Any = importlib.import_module("grpc.aio._server")
 
 _NEEDED = (
     (_core, ("get_working_loop", "_schedule_rpc_coro", "_ServicerContext")),
-    (_core.AioServer, ("_make_request_call_future", "_request_call", "add_registered_method_handlers")),
+    (_core, ("_handle_stream_unary_rpc", "_handle_stream_stream_rpc")),
+    (
+        _core.AioServer,
+        ("_make_request_call_future", "_request_call", "_request_registered_call", "add_registered_method_handlers"),
+    ),
     (_library, ("_augment_channel_arguments",)),
 )
 
+# Calls of one method that a turn of the event loop can take.
+_AT_A_TIME = 8
 
-def server(interceptors: Sequence[aio.ServerInterceptor], options: Sequence[tuple[str, int]]) -> aio.Server:
-    """A server to add services and ports to, as `grpc.aio.server` gives it."""
+
+class _Details(NamedTuple):
+    """What an interceptor is told of a method; there is no call yet."""
+
+    method: str
+    invocation_metadata: tuple[tuple[str, str | bytes], ...] = ()
+
+
+def server(interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]]) -> aio.Server:
+    """A server to add services and ports to, as `grpc.aio.server` gives it.
+
+    Args:
+        interceptor: gives a handler that takes a stream of messages, whatever the method is; asked once for each
+            method, or for each call.
+        options: of the channel.
+    """
     if all(hasattr(place, name) for place, names in _NEEDED for name in names):
-        hardened: aio.Server = _Server(interceptors, options)
+        hardened: aio.Server = _Server(interceptor, options)
         return hardened
-    _log.warning("a call with a damaged path can stop this server", grpcio=grpc.__version__)
-    return aio.server(interceptors=interceptors, options=options)
+    _log.warning("calls cost more, and one with a damaged path can stop this server", grpcio=grpc.__version__)
+    return aio.server(interceptors=[interceptor], options=options)
 
 
 class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types leave its core out
-    """Takes calls to methods that are not registered, and answers each that there is no such method."""
+    """Takes the calls. The library's own loop only waits for the tasks that do so, which end with the server."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interceptor: aio.ServerInterceptor, options: Any) -> None:
+        super().__init__(loop, None, (), (), options, None)
+        self._interceptor = interceptor
+        self._handlers: dict[str, Any] = {}  # by path; the base class hides its own
+        self._answers: set[asyncio.Task[None]] = set()  # the loop itself keeps no more than weak references
+
+    def add_registered_method_handlers(self, handlers: dict[str, Any]) -> None:
+        """Called by the library when a service is added."""
+        super().add_registered_method_handlers(handlers)
+        self._handlers.update(handlers)
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
-        """A future of the next call to a registered method; for the others (None) one that ends with the server."""
-        if method is None:
-            return asyncio.get_running_loop().create_task(self._answer_unknown())
-        registered: asyncio.Future[Any] = super()._make_request_call_future(method)
-        return registered
+        """What the library waits for: a call of a method, or of none that it has. Here, the end of the server."""
+        return asyncio.get_running_loop().create_task(self._take_unknown() if method is None else self._take(method))
 
-    async def _answer_unknown(self) -> None:
+    async def _take(self, method: bytes) -> None:
+        path = method.decode()
+
+        async def registered(_: _Details) -> Any:
+            return self._handlers[path]
+
+        handler: Any = await self._interceptor.intercept_service(registered, _Details(path))  # type: ignore[arg-type]
+        answer = _core._handle_stream_stream_rpc if handler.response_streaming else _core._handle_stream_unary_rpc  # noqa: SLF001  # see the module's docstring
+
+        async def one_by_one() -> None:
+            loop = asyncio.get_running_loop()
+            while True:
+                call = await self._request_registered_call(method)
+                self._answer(call, answer(handler, call, loop), path)
+
+        await asyncio.gather(*(one_by_one() for _ in range(_AT_A_TIME)))
+
+    async def _take_unknown(self) -> None:
         loop = asyncio.get_running_loop()
-        answers: set[asyncio.Task[None]] = set()  # the loop itself keeps no more than weak references
         while True:
             call = await self._request_call()
-            refusal = _core._ServicerContext(call, None, None, loop).abort(  # noqa: SLF001  # see the module's docstring
+            refusal = _core._ServicerContext(call, None, None, loop).abort(  # noqa: SLF001
                 grpc.StatusCode.UNIMPLEMENTED, "there is no such method"
             )
-            answer = loop.create_task(_core._schedule_rpc_coro(refusal, call, loop, "unknown"))  # noqa: SLF001
-            answers.add(answer)
-            answer.add_done_callback(answers.discard)
+            self._answer(call, refusal, "unknown")
+
+    def _answer(self, call: Any, answering: Coroutine[Any, Any, None], path: str) -> None:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(_core._schedule_rpc_coro(answering, call, loop, path))  # noqa: SLF001
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
 
 
 class _Server(_library.Server):  # type: ignore[misc]
     """The library's server around that."""
 
-    def __init__(self, interceptors: Sequence[Any], options: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]]) -> None:
         # Not the base class's own, which does the same with the library's acceptor.
         self._loop = _core.get_working_loop()
         augmented = _library._augment_channel_arguments(options, None)  # noqa: SLF001  # as the base class does
-        self._server = _Acceptor(self._loop, None, (), interceptors, augmented, None)
+        self._server = _Acceptor(self._loop, interceptor, augmented)

@@ -79,7 +79,7 @@ class Listener:
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         self._inbox = Inbox(options.message_timeout_s, options.max_unsent_calls)
         self._around = Around(metrics, self._inbox)
-        self._server = acceptor.server([self._around], _channel_options(options))
+        self._server = acceptor.server(self._around, _channel_options(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -165,7 +165,7 @@ class AdminListener:
         self._host, self._port = host, port
         self._inbox = Inbox(_ADMIN_PATIENCE_S, _ADMIN_CALLS)
         self._around = Around(metrics, self._inbox)
-        self._server = acceptor.server([self._around], [("grpc.so_reuseport", 0)])
+        self._server = acceptor.server(self._around, [("grpc.so_reuseport", 0)])
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, self._server)
         reflection.enable_server_reflection((ADMIN_SERVICE, reflection.SERVICE_NAME), self._server)
         self.port = 0

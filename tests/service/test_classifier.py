@@ -223,18 +223,17 @@ async def test_a_deadline_that_passes_in_the_batch_ends_the_wait(bench):
         await bench.ask([toys.grey_png(1)], seconds=0.05)
 
 
-async def test_a_tiny_model_answers_thumbnails_within_one_turn(tmp_path):
+async def test_a_tiny_model_runs_in_turn_what_one_turn_brings(tmp_path):
     async with classifying(tmp_path, toys.ToyEngine(classes=256), in_turn_s=60.0) as bench:
         png = toys.grey_png(2)
         pixels = png.index(b"IDAT") + 4
         damaged = png[:pixels] + b"\xff" + png[pixels + 1 :]
-        request = asyncio.create_task(bench.ask([toys.grey_png(1), damaged, toys.grey_png(3)]))
-        await asyncio.sleep(0)
+        requests = [bench.ask([toys.grey_png(1), damaged, toys.grey_png(3)]), bench.ask([toys.grey_png(4)])]
 
-        assert request.done()
-        assert winners(await request) == [1, ImageFault.CORRUPT, 3]
+        assert [winners(each) for each in await asyncio.gather(*requests)] == [[1, ImageFault.CORRUPT, 3], [4]]
+        assert bench.engine.batches[-1] == [1, 3, 4]
         value = bench.metrics.registry.get_sample_value
-        assert value("convoy_images_total", {"model": "grey", "outcome": "classified"}) == 2
+        assert value("convoy_images_total", {"model": "grey", "outcome": "classified"}) == 3
         assert winners(await bench.ask([toys.grey_png(n) for n in range(40)])) == list(range(40))
 
 

@@ -180,7 +180,7 @@ async def port_closes(port):
     while True:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):  # reset: closed while this came in
             return
         writer.close()
         await writer.wait_closed()

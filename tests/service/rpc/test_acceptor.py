@@ -1,0 +1,58 @@
+"""How calls are taken. What strangers send to the acceptor is in test_strangers.py."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import structlog
+import toys
+from convoy.v1 import image_classifier_pb2 as pb
+from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
+
+from service.rpc import acceptor
+from service.rpc.interceptor import Arrivals
+
+CALLERS = 8
+
+
+async def test_calls_that_wait_for_the_loop_are_taken_together(tmp_path, monkeypatch):
+    """One at a time, a turn of the loop would see one request, and there would be no batches where models are tiny."""
+    turn, turns = 0, []
+
+    async def count():
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Arrivals, "came", lambda _: turns.append(turn))
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}) as stand:
+        address = f"127.0.0.1:{stand.listener.port}"
+        with ThreadPoolExecutor(CALLERS) as threads, grpc.insecure_channel(address) as channel:
+            classify = pb_grpc.ImageClassifierStub(channel).Classify
+            await asyncio.wrap_future(threads.submit(classify, request(1), timeout=20))  # it is connected
+            turns.clear()
+            counting = asyncio.create_task(count())
+            calls = [threads.submit(classify, request(level), timeout=20) for level in range(CALLERS)]
+            time.sleep(0.5)  # noqa: ASYNC251  # the loop has something else to do while they come
+            replies = await asyncio.gather(*map(asyncio.wrap_future, calls))
+            counting.cancel()
+
+    assert [reply.results[0].classification.classes[0].index for reply in replies] == list(range(CALLERS))
+    assert len(turns) == CALLERS
+    assert len(set(turns)) <= 2
+
+
+async def test_a_release_of_grpc_without_these_parts_serves_with_its_own_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(acceptor, "_NEEDED", ((grpc, ("insecure_channel", "no_such_thing")),))
+    with structlog.testing.capture_logs() as lines:
+        async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}) as stand:
+            reply = await stand.stub.Classify(request(7), timeout=10)
+
+    assert reply.results[0].classification.classes[0].index == 7
+    assert any("damaged path" in line["event"] for line in lines)
+
+
+def request(level):
+    return pb.ClassifyRequest(images=[toys.grey_png(level)])
