@@ -158,8 +158,9 @@ class Batcher(Generic[P, R]):
             order. It is called on its own thread only.
         sizes: how large a batch is, and how long it takes.
         name: for thread names.
-        in_turn: run on the event loop itself, at the end of a turn, with what that turn submitted: for work so short
-            that waking a thread and being woken by it takes longer. Uses the first executor only.
+        in_turn: batches of at most so many images run on the event loop itself, at the end of a turn, with what that
+            turn submitted: work so short that waking a thread and being woken by it takes longer. The first executor is
+            for those, and for all if there is no other.
         window_s: how long an executor waits for a fuller batch after the first image came; 0 never waits.
         codel: sheds from a standing queue; None never sheds.
         observer: receives counts and times.
@@ -172,13 +173,14 @@ class Batcher(Generic[P, R]):
         *,
         sizes: Sizes,
         name: str,
-        in_turn: bool = False,
+        in_turn: int = 0,
         window_s: float = 0.0,
         codel: CoDel | None = None,
         observer: Observer | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._in_turn = runs[0] if in_turn else None
+        self._here = runs[0] if in_turn else None
+        self._in_turn = in_turn
         self._sizes = sizes
         self._window_s = window_s
         self._codel = codel
@@ -192,7 +194,7 @@ class Batcher(Generic[P, R]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = [
             threading.Thread(target=self._own, args=(run,), name=f"{name}-{number}", daemon=True)
-            for number, run in enumerate(() if in_turn else runs)
+            for number, run in enumerate(runs[1:] if in_turn else runs)
         ]
 
     def start(self) -> None:
@@ -263,15 +265,15 @@ class Batcher(Generic[P, R]):
         Waking it for each would part what belongs together, and make two threads fight for the interpreter's lock.
         """
         self._notifying = False
-        if self._in_turn is not None:
-            self._run_here(self._in_turn)
-            return
         with self._wake:
-            self._wake.notify()
+            images = self._next_images()
+            if self._here is None or (self._threads and images > self._in_turn):
+                self._wake.notify()
+                return
+            taken = self._close_batch(images)
+        self._run_here(self._here, taken)
 
-    def _run_here(self, run: Run[P, R]) -> None:
-        with self._wake:
-            taken = self._close_batch()
+    def _run_here(self, run: Run[P, R], taken: Taken[Job[P, R]]) -> None:
         self._deliver(self._ran(run, taken)) if taken.parts else self._drop(taken)
         if len(self._queue) and not self._notifying:  # the rest after what else the loop has to do
             self._notifying = True
@@ -297,14 +299,17 @@ class Batcher(Generic[P, R]):
                 self._wake.wait_for(lambda: self._closed or self._queue.images >= self._sizes.largest, self._window_s)
             if self._closed:
                 return None
-            taken = self._close_batch()
+            taken = self._close_batch(self._next_images())
             if len(self._queue):
                 self._wake.notify()  # a notify that reached a busy thread must not be lost
             return taken
 
-    def _close_batch(self) -> Taken[Job[P, R]]:
-        """Takes what runs next. Under the lock."""
-        images = self._sizes.best_batch(max(1, self._queue.images))
+    def _next_images(self) -> int:
+        """Size of the next batch. Under the lock."""
+        return self._sizes.best_batch(max(1, self._queue.images))
+
+    def _close_batch(self, images: int) -> Taken[Job[P, R]]:
+        """Takes what runs next, at most so many images. Under the lock."""
         now = self._clock()
         taken = self._queue.take(images, now + self._sizes.cautious_s(images), self._shedder(now))
         if not taken.parts and any(job.deadline >= now for job in taken.expired):

@@ -19,10 +19,10 @@ _CAUTION = 2.0
 # size, and a real change is believed after a few batches all the same.
 _OUTLIER = 4.0
 # Everyone in a batch waits for all of it. So the smallest batch is taken that gives this part of the most images per
-# second, and where an image alone gives that part, company is a matter of what it costs beside the model.
+# second, or an image alone if it gives that part.
 _ENOUGH = 0.95
 _ENOUGH_ALONE = 0.8
-# There a batch is at most this part of what waits: its first image then waits little longer, next to the last in line.
+# In a long line a batch may be this part of what waits: its first image then waits little longer, next to the last one.
 _LINE_PER_BATCH = 4
 # How fast a bucket is when nothing else has the device: of 17 batches 1 is faster than that. Followed in steps of these
 # parts of it, whatever the distance: a mean would follow the slow ones.
@@ -101,21 +101,22 @@ class LatencyTable:
 
         Where company gains little, as for most networks on a CPU, images run one by one: the first answer leaves eight
         times sooner than from a batch of eight, and the last one no later. The bound for that is wide, so that chance
-        in what was measured does not make batches where there is nothing to gain. Only in a long line a few run
-        together, for they share what a batch costs outside of the model: waking threads, and the event loop's turn.
+        in what was measured does not make batches where there is nothing to gain.
+
+        In a long line more run together than that, for they share what a batch costs outside of the model: waking
+        threads, and the event loop's turn.
         """
         if waiting == 1:
             return 1
         sizes = [bucket for bucket in self._buckets if bucket < waiting]
         if waiting <= self.largest:
             sizes.append(waiting)
-        rates = [self._rate(images) for images in sizes]
-        most = max(rates)
-        if rates[0] < _ENOUGH_ALONE * most:
-            return next(images for images, rate in zip(sizes, rates, strict=True) if rate >= _ENOUGH * most)
-        few = waiting // _LINE_PER_BATCH
-        together = (n for n, rate in zip(sizes, rates, strict=True) if n <= few and rate >= _ENOUGH * rates[0])
-        return max(together, default=sizes[0])
+        rates = {images: self._rate(images) for images in sizes}
+        most = max(rates.values())
+        enough = _ENOUGH_ALONE if rates[sizes[0]] >= _ENOUGH_ALONE * most else _ENOUGH
+        best = next(images for images in sizes if rates[images] >= enough * most)
+        share = waiting // _LINE_PER_BATCH
+        return max(n for n in sizes if n == best or (n <= share and rates[n] >= _ENOUGH * rates[best]))
 
     def _rate(self, images: int) -> float:
         seconds = self._known(self._quiet, images)

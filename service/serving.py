@@ -135,7 +135,7 @@ def load(
         observer: makes the observer of a model's batches, by name.
         window_s: see `Batcher`.
         codel_target_s: waiting time that a standing queue may have, at least; 0 never sheds.
-        in_turn_s: a model that classifies one image in less runs on the event loop itself.
+        in_turn_s: batches that take less run on the event loop itself.
         gently: other models are being served: their requests go first while files are verified.
         on_device_lost: told when a device is gone for good.
 
@@ -158,8 +158,8 @@ def load(
         raise
     buckets = engines[0].buckets
     table = LatencyTable(buckets, engines[0].measured_s)
-    in_turn = table.mean_s(1) < in_turn_s
-    while in_turn and len(engines) > 1:
+    in_turn = max((bucket for bucket in buckets if table.mean_s(bucket) < in_turn_s), default=0)
+    while in_turn == buckets[-1] and len(engines) > 1:  # no batch is left for the others
         engines.pop().close()
     target_s = max(codel_target_s, _CODEL_BATCHES * table.mean_s(buckets[-1]))
     batcher: ModelBatcher = Batcher(

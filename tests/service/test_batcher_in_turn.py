@@ -28,6 +28,13 @@ class Doubler:
         return [[2 * n for n in part.job.payload[part.start : part.stop]] for part in parts]
 
 
+class AsTheyCome(LatencyTable):
+    """Whatever is known, as many as there are."""
+
+    def best_batch(self, waiting):
+        return min(waiting, self.largest)
+
+
 @pytest.fixture
 def doubler():
     return Doubler()
@@ -35,7 +42,8 @@ def doubler():
 
 @pytest.fixture
 async def batcher(doubler):
-    made = Batcher([doubler.run], sizes=LatencyTable((1, 2, 4)), name="tiny", in_turn=True)
+    """Of one executor, so that everything runs on the loop."""
+    made = Batcher([doubler.run], sizes=LatencyTable((1, 2, 4)), name="tiny", in_turn=1)
     made.start()
     yield made
     await made.close()
@@ -97,3 +105,17 @@ async def test_closing_fails_what_waits(batcher, doubler):
         await waiting
     await asyncio.sleep(0)
     assert doubler.batches == []
+
+
+async def test_larger_batches_run_on_the_threads_of_the_other_executors(doubler):
+    both = Batcher([doubler.run, doubler.run], sizes=AsTheyCome((1, 2, 4)), name="tiny", in_turn=2)
+    both.start()
+    small = await asyncio.gather(*(both.submit([n], 1, FOREVER) for n in range(2)))
+    here = set(doubler.threads)
+    large = await both.submit([1, 2, 3, 4], 4, FOREVER)
+    await both.close()
+
+    assert [answer(job) for job in (*small, large)] == [[0], [2], [2, 4, 6, 8]]
+    assert doubler.batches == [[0, 1], [1, 2, 3, 4]]
+    assert here == {threading.get_ident()}
+    assert len(doubler.threads) == 2
