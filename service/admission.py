@@ -7,12 +7,12 @@ event loop only, so it needs no lock. Knows no images, no gRPC and no ONNX.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from service.errors import DrainingError, ExpiredError, OverloadedError
+from service.errors import ConvoyError, DrainingError, ExpiredError, OverloadedError
 
 # A full house empties within a few batches; sooner than that a retry only adds load.
 _RETRY_AFTER_MS = 100
@@ -117,6 +117,26 @@ class Admission:
             OverloadedError: a bound would be exceeded, or the answer would come too late; nothing was admitted.
         """
         return _Place(self, flow, images, nbytes, deadline)
+
+    def refusal(self, flows: Iterable[Hashable], deadline: float) -> ConvoyError | None:
+        """Why not even one image could be admitted, whatever its flow; None if it could, or if there is no flow.
+
+        For requests that have not been received: what would be refused anyway need not be.
+
+        Args:
+            flows: all there are.
+            deadline: as for `admit`.
+        """
+        left_s = deadline - self._clock()
+        why: ConvoyError | None = None
+        for flow in flows:
+            try:
+                self._check(flow, self._flows.get(flow) or _Flow(), 1, 1, left_s)
+            except ConvoyError as error:
+                why = error.with_traceback(None)
+            else:
+                return None
+        return why
 
     def enter(self, flow: Hashable, images: int, nbytes: int, deadline: float) -> Entry:
         """Takes a place; raises as `admit` says."""

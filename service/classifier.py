@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from service.admission import Admission
 from service.decode import Decoder, Encoded, Faults, decode_here, is_thumbnail
 from service.engine import Outputs
-from service.errors import ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
+from service.errors import ConvoyError, ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
 from service.metrics import Metrics
 from service.preprocess import Limits
 from service.serving import ServedModel, join_outputs
@@ -120,6 +120,15 @@ class Classifier:
             again = self._shadowed(shadow, images, deadline + (time.monotonic() - began))
             self._shadow.copy(shadow.name, shadow.number, _best(result), again)
         return result
+
+    def refusal(self, names: Iterable[str], deadline: float) -> ConvoyError | None:
+        """Why no request could be taken now, whatever is in it; None if one could.
+
+        Args:
+            names: of all models that are served.
+            deadline: as for `classify`.
+        """
+        return self._admission.refusal(names, deadline)
 
     async def close(self) -> None:
         """Ends the shadows' copies."""

@@ -144,6 +144,10 @@ class Repository:
             for _, served in sorted(model.served.items()):
                 yield served
 
+    def names(self) -> Iterator[str]:
+        """Of the models that have a served version."""
+        return (name for name, model in self._models.items() if model.served)
+
     def failures(self) -> Iterator[tuple[str, int, str]]:
         """Name, number and reason of every version that could not be loaded, as of its last attempt."""
         for name, model in sorted(self._models.items()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -26,6 +26,7 @@ _MAX_ID_LENGTH = 128
 
 Context = aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
+Gate = Callable[[Context], ConvoyError | None]
 
 _log = logs.get("rpc")
 
@@ -75,17 +76,20 @@ class Around(aio.ServerInterceptor):
     Args:
         metrics: where calls are counted.
         inbox: receives their messages.
+        gates: by method path: says of a call whose message is not there yet why no message could be answered, or None.
+            Under overload most of what a refusal costs is to receive what is refused.
 
     Attributes:
         arrivals: of calls to unary methods.
         failures: where those that fail are logged.
     """
 
-    def __init__(self, metrics: Metrics, inbox: Inbox) -> None:
+    def __init__(self, metrics: Metrics, inbox: Inbox, gates: Mapping[str, Gate] | None = None) -> None:
         self.arrivals = Arrivals()
         self.failures = FailureLog()
         self._metrics = metrics
         self._inbox = inbox
+        self._gates = gates or {}
         self._handlers: dict[str, Any] = {}  # by method path; only methods that exist get in
 
     async def intercept_service(
@@ -111,7 +115,7 @@ class Around(aio.ServerInterceptor):
             )
         else:
             watched = grpc.stream_unary_rpc_method_handler(
-                _Watched(path, handler, self._metrics, self.arrivals, self.failures, self._inbox).handle,
+                _Watched(path, handler, self._metrics, self.arrivals, self.failures, self._inbox, self._gates).handle,
                 response_serializer=handler.response_serializer,
             )
         self._handlers[path] = watched
@@ -122,10 +126,18 @@ class _Watched:
     """One method of the API, with everything around it."""
 
     def __init__(
-        self, path: str, handler: Any, metrics: Metrics, arrivals: Arrivals, failures: FailureLog, inbox: Inbox
+        self,
+        path: str,
+        handler: Any,
+        metrics: Metrics,
+        arrivals: Arrivals,
+        failures: FailureLog,
+        inbox: Inbox,
+        gates: Mapping[str, Gate],
     ) -> None:
         _, service, self._name = path.split("/", 2)
         self._inbox = inbox
+        self._gate = gates.get(path)
         self._failures = failures
         self._arrivals = None if service == health.SERVICE_NAME else arrivals
         self._method: Method = handler.unary_unary
@@ -141,7 +153,7 @@ class _Watched:
         """Answers one call. Its message is parsed here, since grpc.aio answers what cannot be parsed with UNKNOWN."""
         if self._arrivals:
             self._arrivals.came()
-        message = await self._inbox.message(context)
+        message: bytes | ConvoyError = (self._gate and self._gate(context)) or await self._inbox.message(context)
         began = time.monotonic()
         self._started.inc()
         request_id = _request_id(context)

@@ -78,7 +78,7 @@ class Listener:
         self._health = health.aio.HealthServicer()
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         self._inbox = Inbox(options.message_timeout_s, options.max_unsent_calls)
-        self._around = Around(metrics, self._inbox)
+        self._around = Around(metrics, self._inbox, {f"/{SERVICE}/Classify": servicer.refusal})
         self._server = acceptor.server(self._around, _channel_options(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -10,7 +10,7 @@ from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
 
 from service.classifier import Answer, Classifier, Query, Result
-from service.errors import EngineError, ImageFault, InvalidImageError, InvalidRequestError
+from service.errors import ConvoyError, EngineError, ImageFault, InvalidImageError, InvalidRequestError
 from service.repository import Repository
 from service.rpc.describe import details, summary
 from service.serving import ServedModel
@@ -44,6 +44,10 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         self._classifier = classifier
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
+
+    def refusal(self, context: Context) -> ConvoyError | None:
+        """Why no call of `Classify` could be answered now, whatever its message; None if one could."""
+        return self._classifier.refusal(self._repository.names(), time.monotonic() + self._budget_s(context))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:  # noqa: N802  # the name is the API's
         """Classifies images."""

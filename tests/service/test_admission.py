@@ -189,6 +189,31 @@ def test_what_cannot_be_answered_in_time_is_refused_and_told_when_to_come_back(a
     assert 100 < caught.value.retry_after_ms < 1000
 
 
+def test_what_no_flow_could_take_is_refused_unseen(admission, clock):
+    answer_backlog(admission, clock, 0.01)
+    hold(admission, 10)
+    before = (admission.images, admission.bytes)
+
+    assert isinstance(admission.refusal(["a"], clock.now + 0.1), OverloadedError)
+    assert admission.refusal(["a"], clock.now + 0.2) is None
+    assert isinstance(admission.refusal(["a"], clock.now - 0.1), ExpiredError)
+    assert (admission.images, admission.bytes) == before
+
+
+def test_nothing_is_refused_unseen_that_another_flow_might_take(admission, clock):
+    answer_backlog(admission, clock, 0.01)
+    hold(admission, 10)
+
+    assert admission.refusal(["a", "b"], clock.now + 0.1) is None
+    assert admission.refusal([], clock.now + 0.1) is None
+
+
+def test_a_full_house_refuses_unseen_whatever_the_flow(admission):
+    hold(admission, 100)
+
+    assert "images are pending" in str(admission.refusal(["a", "b"], FOREVER))
+
+
 def test_a_forecast_is_of_the_own_flow(admission, clock):
     answer_backlog(admission, clock, seconds_per_image=0.1)
     hold(admission, 20, flow="a")

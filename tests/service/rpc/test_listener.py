@@ -22,6 +22,8 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 class Nobody:
     """A servicer that is never called."""
 
+    def refusal(self, context): ...
+
     async def Classify(self, request, context): ...  # noqa: N802  # the name is the API's
 
     async def ListModels(self, request, context): ...  # noqa: N802

@@ -268,6 +268,43 @@ async def test_a_full_house_is_unavailable_at_once_and_says_when_to_come_back(tm
         assert len((await stand.stub.Classify(request(*[0] * 6))).results) == 6
 
 
+async def silence():
+    """A message that does not come."""
+    await asyncio.Event().wait()
+    yield b""
+
+
+async def test_a_full_house_refuses_calls_before_their_message_is_there(tmp_path):
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}, max_images=8, max_pending=8) as stand:
+        stand.engines["grey"].pause()
+        running = stand.stub.Classify(request(*[0] * 8))
+        await stand.engines["grey"].began()
+        unsent = stand.channel.stream_unary(CLASSIFY)(silence(), timeout=20)
+        error = await refused(unsent)
+        stand.engines["grey"].resume()
+        await running
+
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "images are pending" in error.details()
+    assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+
+
+async def test_a_model_that_is_busy_has_no_calls_refused_that_may_be_for_another(tmp_path):
+    engines = {"grey": toys.ToyEngine(), "other": toys.ToyEngine()}
+    async with toys.toy_stand(tmp_path, engines, max_images=8, max_pending=8) as stand:
+        engines["grey"].pause()
+        running = stand.stub.Classify(request(*[0] * 4, model="grey"))
+        await engines["grey"].began()
+        sent = await refused(stand.stub.Classify(request(0, model="grey")))
+        unsent = await refused(stand.channel.stream_unary(CLASSIFY)(silence(), timeout=0.5))
+        answered = await stand.stub.Classify(request(0, model="other"))
+        engines["grey"].resume()
+        await running
+
+    assert (sent.code(), unsent.code()) == (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert winners(answered) == [0]
+
+
 async def test_a_draining_server_is_unavailable(stand):
     stand.admission.drain()
 
