@@ -119,9 +119,9 @@ class Admission:
         return _Place(self, flow, images, nbytes, deadline)
 
     def refusal(self, flows: Iterable[Hashable], deadline: float) -> ConvoyError | None:
-        """Why not even one image could be admitted, whatever its flow; None if it could, or if there is no flow.
+        """Why not even one image could be admitted now, whatever its flow; None if it could, or if there is no flow.
 
-        For requests that have not been received: what would be refused anyway need not be.
+        For requests that begin to arrive: they are judged then, although there may be room by the time they are here.
 
         Args:
             flows: all there are.

@@ -275,7 +275,7 @@ class Batcher(Generic[P, R]):
 
     def _run_here(self, run: Run[P, R], taken: Taken[Job[P, R]]) -> None:
         self._deliver(self._ran(run, taken)) if taken.parts else self._drop(taken)
-        if len(self._queue) and not self._notifying:  # the rest after what else the loop has to do
+        if self.queued_images and not self._notifying:  # the rest after what else the loop has to do
             self._notifying = True
             self._call(self._notify)
 

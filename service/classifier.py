@@ -122,7 +122,7 @@ class Classifier:
         return result
 
     def refusal(self, names: Iterable[str], deadline: float) -> ConvoyError | None:
-        """Why no request could be taken now, whatever is in it; None if one could.
+        """Why no request could be admitted now, whatever is in it; None if one could.
 
         Args:
             names: of all models that are served.

@@ -22,7 +22,7 @@ _OUTLIER = 4.0
 # second, or an image alone if it gives that part.
 _ENOUGH = 0.95
 _ENOUGH_ALONE = 0.8
-# In a long line a batch may be this part of what waits: its first image then waits little longer, next to the last one.
+# In a long line a batch may be one in so many of what waits: its first image waits little longer, next to the last one.
 _LINE_PER_BATCH = 4
 # How fast a bucket is when nothing else has the device: of 17 batches 1 is faster than that. Followed in steps of these
 # parts of it, whatever the distance: a mean would follow the slow ones.

@@ -82,7 +82,7 @@ class FairQueue(Generic[J]):
         self.images = 0
 
     def __len__(self) -> int:
-        """Jobs waiting."""
+        """Jobs waiting. Not to be asked while another thread may change the queue; `images` may be."""
         return sum(len(flow.heap) for flow in self._flows.values())
 
     def push(self, job: J, flow: Hashable = None) -> None:

@@ -135,7 +135,7 @@ def load(
         observer: makes the observer of a model's batches, by name.
         window_s: see `Batcher`.
         codel_target_s: waiting time that a standing queue may have, at least; 0 never sheds.
-        in_turn_s: batches that take less run on the event loop itself.
+        in_turn_s: batches that take less run on the event loop itself, and with a single executor then all of them.
         gently: other models are being served: their requests go first while files are verified.
         on_device_lost: told when a device is gone for good.
 

@@ -17,6 +17,7 @@ serves, and the log says what that means.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ _library: Any = importlib.import_module("grpc.aio._server")
 
 _NEEDED = (
     (_core, ("get_working_loop", "_schedule_rpc_coro", "_ServicerContext")),
-    (_core, ("_handle_stream_unary_rpc", "_handle_stream_stream_rpc")),
+    (_core, ("_handle_stream_unary_rpc", "_handle_stream_stream_rpc", "_RequestCallError")),
     (
         _core.AioServer,
         ("_make_request_call_future", "_request_call", "_request_registered_call", "add_registered_method_handlers"),
@@ -42,7 +43,7 @@ _NEEDED = (
 )
 
 # Calls of one method that a turn of the event loop can take.
-_AT_A_TIME = 8
+AT_A_TIME = 8
 
 
 class _Details(NamedTuple):
@@ -57,12 +58,13 @@ def server(interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]
 
     Args:
         interceptor: gives a handler that takes a stream of messages, whatever the method is; asked once for each
-            method, or for each call.
+            method (by the library's own server for each call).
         options: of the channel.
     """
     if all(hasattr(place, name) for place, names in _NEEDED for name in names):
-        hardened: aio.Server = _Server(interceptor, options)
-        return hardened
+        with contextlib.suppress(TypeError):  # one of them takes other arguments
+            hardened: aio.Server = _Server(interceptor, options)
+            return hardened
     _log.warning("calls cost more, and one with a damaged path can stop this server", grpcio=grpc.__version__)
     return aio.server(interceptors=[interceptor], options=options)
 
@@ -97,10 +99,16 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
         async def one_by_one() -> None:
             loop = asyncio.get_running_loop()
             while True:
-                call = await self._request_registered_call(method)
+                try:
+                    call = await self._request_registered_call(method)
+                except _core._RequestCallError:  # noqa: SLF001
+                    if self.is_running():
+                        continue
+                    raise  # the library looks for it
                 self._answer(call, answer(handler, call, loop), path)
+                del call  # or it would stay until there is another one
 
-        await asyncio.gather(*(one_by_one() for _ in range(_AT_A_TIME)))
+        await asyncio.gather(*(one_by_one() for _ in range(AT_A_TIME)))
 
     async def _take_unknown(self) -> None:
         loop = asyncio.get_running_loop()
@@ -110,6 +118,7 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
                 grpc.StatusCode.UNIMPLEMENTED, "there is no such method"
             )
             self._answer(call, refusal, "unknown")
+            del call, refusal
 
     def _answer(self, call: Any, answering: Coroutine[Any, Any, None], path: str) -> None:
         loop = asyncio.get_running_loop()

@@ -76,8 +76,8 @@ class Around(aio.ServerInterceptor):
     Args:
         metrics: where calls are counted.
         inbox: receives their messages.
-        gates: by method path: says of a call whose message is not there yet why no message could be answered, or None.
-            Under overload most of what a refusal costs is to receive what is refused.
+        gates: by method path: says of a call that begins why no request could be admitted now, or None. Under overload
+            most of what a refusal costs is to receive what is refused.
 
     Attributes:
         arrivals: of calls to unary methods.

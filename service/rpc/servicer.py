@@ -46,7 +46,7 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         self._max_deadline_s = max_deadline_s
 
     def refusal(self, context: Context) -> ConvoyError | None:
-        """Why no call of `Classify` could be answered now, whatever its message; None if one could."""
+        """Why no call of `Classify` could be admitted now, whatever its message; None if one could."""
         return self._classifier.refusal(self._repository.names(), time.monotonic() + self._budget_s(context))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:  # noqa: N802  # the name is the API's

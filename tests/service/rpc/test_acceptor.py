@@ -1,10 +1,13 @@
 """How calls are taken. What strangers send to the acceptor is in test_strangers.py."""
 
 import asyncio
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import grpc
+import pytest
 import structlog
 import toys
 from convoy.v1 import image_classifier_pb2 as pb
@@ -13,7 +16,7 @@ from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from service.rpc import acceptor
 from service.rpc.interceptor import Arrivals
 
-CALLERS = 8
+CALLERS = acceptor.AT_A_TIME
 
 
 async def test_calls_that_wait_for_the_loop_are_taken_together(tmp_path, monkeypatch):
@@ -34,7 +37,14 @@ async def test_calls_that_wait_for_the_loop_are_taken_together(tmp_path, monkeyp
             await asyncio.wrap_future(threads.submit(classify, request(1), timeout=20))  # it is connected
             turns.clear()
             counting = asyncio.create_task(count())
-            calls = [threads.submit(classify, request(level), timeout=20) for level in range(CALLERS)]
+            sending = Barrier(CALLERS + 1)
+
+            def call(level):
+                sending.wait(20)
+                return classify(request(level), timeout=20)
+
+            calls = [threads.submit(call, level) for level in range(CALLERS)]
+            sending.wait(20)
             time.sleep(0.5)  # noqa: ASYNC251  # the loop has something else to do while they come
             replies = await asyncio.gather(*map(asyncio.wrap_future, calls))
             counting.cancel()
@@ -44,14 +54,39 @@ async def test_calls_that_wait_for_the_loop_are_taken_together(tmp_path, monkeyp
     assert len(set(turns)) <= 2
 
 
-async def test_a_release_of_grpc_without_these_parts_serves_with_its_own_server(tmp_path, monkeypatch):
+def lacks_a_part(monkeypatch):
     monkeypatch.setattr(acceptor, "_NEEDED", ((grpc, ("insecure_channel", "no_such_thing")),))
+
+
+def wants_another_argument(monkeypatch):
+    def made(loop, interceptor, options, one_more):
+        raise AssertionError
+
+    monkeypatch.setattr(acceptor, "_Acceptor", made)
+
+
+@pytest.mark.parametrize("differs", [lacks_a_part, wants_another_argument])
+async def test_another_release_of_grpc_serves_with_its_own_server(tmp_path, monkeypatch, differs):
+    differs(monkeypatch)
     with structlog.testing.capture_logs() as lines:
         async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}) as stand:
             reply = await stand.stub.Classify(request(7), timeout=10)
 
     assert reply.results[0].classification.classes[0].index == 7
     assert any("damaged path" in line["event"] for line in lines)
+
+
+async def test_finished_calls_do_not_stay(tmp_path):
+    """What a call brought, and what it failed with, would hang on the task that took it until the next one."""
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}) as stand:
+        for _ in range(3):
+            await stand.stub.Classify(request(7), timeout=10)
+        await stand.stub.ListModels(pb.ListModelsRequest())
+        gc.collect()
+        takers = [task.get_coro() for task in asyncio.all_tasks() if "one_by_one" in task.get_coro().__qualname__]
+
+        assert len(takers) >= CALLERS
+        assert not any("call" in taker.cr_frame.f_locals for taker in takers)
 
 
 def request(level):

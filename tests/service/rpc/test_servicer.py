@@ -279,12 +279,14 @@ async def test_a_full_house_refuses_calls_before_their_message_is_there(tmp_path
         stand.engines["grey"].pause()
         running = stand.stub.Classify(request(*[0] * 8))
         await stand.engines["grey"].began()
-        unsent = stand.channel.stream_unary(CLASSIFY)(silence(), timeout=20)
-        error = await refused(unsent)
+        error = await refused(stand.channel.stream_unary(CLASSIFY)(silence(), timeout=20))
+        wrong = await refused(stand.stub.Classify(request(0, model="nope")))
         stand.engines["grey"].resume()
         await running
+        wrong_again = await refused(stand.stub.Classify(request(0, model="nope")))
 
     assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert (wrong.code(), wrong_again.code()) == (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
     assert "images are pending" in error.details()
     assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
 
