@@ -9,6 +9,7 @@ averaged gradient is that of one process with the whole batch. BatchNorm statist
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+# Gloo's threads outlive the group, and let go of the last tensors with Python's lock: a process that ends meanwhile is
+# aborted, after all its work (pytorch/pytorch#179291). Nothing tells when they are done.
+_LET_GO_S = 0.1
 
 _TIMEOUT = timedelta(minutes=30)  # one process reads and decodes the images while the others wait
 
@@ -104,6 +109,7 @@ def joined() -> Iterator[Group]:
         yield Group(distributed.get_rank(), world)
     finally:
         distributed.destroy_process_group()
+        time.sleep(_LET_GO_S)
 
 
 def restarted() -> bool:
