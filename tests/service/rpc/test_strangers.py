@@ -77,9 +77,9 @@ async def strict(tmp_path):
 
 
 @pytest.fixture
-async def stand_of_ten(tmp_path):
-    """A patient one that lets ten calls wait for their message."""
-    bounds = {"message_timeout_s": 60.0, "max_unsent_calls": 10}
+async def stand_of_forty(tmp_path):
+    """A patient one that lets forty calls wait for their message: several times what a turn of the loop takes."""
+    bounds = {"message_timeout_s": 60.0, "max_unsent_calls": 40}
     async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}, bounds=bounds) as made:
         yield made
 
@@ -107,17 +107,18 @@ async def test_reflection_and_watch_do_not_wait_for_ever_either(strict):
         assert (await ended(silent_call(strict, method)))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_answered(stand_of_ten):
-    calls = await silent_calls(stand_of_ten, 30)
+async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_answered(stand_of_forty):
+    calls = await silent_calls(stand_of_forty, 120)
 
-    assert await answers(stand_of_ten)
+    assert await answers(stand_of_forty)
     ends = [asyncio.create_task(ended(call)) for call in calls]
-    codes = [(await end)[0] for end in itertools.islice(asyncio.as_completed(ends), 21)]
+    codes = [(await end)[0] for end in itertools.islice(asyncio.as_completed(ends), 81)]
     for end in ends:
         end.cancel()
     assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
-    assert sum(call.done() for call in calls) == 21  # of 31 calls ten could wait; the last of them brought its message
-    assert stand_of_ten.value("convoy_shed_total", reason="unsent") == 21
+    # Of 121 calls forty could wait; the last of them brought its message.
+    assert sum(call.done() for call in calls) == 81
+    assert stand_of_forty.value("convoy_shed_total", reason="unsent") == 81
 
 
 async def test_silent_calls_do_not_hold_up_the_stop(stand):
