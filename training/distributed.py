@@ -1,6 +1,6 @@
 """One process or many: `torchrun` starts the processes, this joins them, and the loop asks only `Group`.
 
-    torchrun --nproc-per-node 2 -m service.cli train DATA ...
+    torchrun --nproc-per-node 2 -m service train DATA ...
 
 A global batch is split over the processes, and each scales its loss by the size of the global batch, so that the
 averaged gradient is that of one process with the whole batch. BatchNorm statistics are per process, as everywhere.
@@ -8,8 +8,10 @@ averaged gradient is that of one process with the whole batch. BatchNorm statist
 
 from __future__ import annotations
 
+import atexit
+import gc
+import importlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-# Gloo's threads outlive the group, and let go of the last tensors with Python's lock: a process that ends meanwhile is
-# aborted, after all its work (pytorch/pytorch#179291). Nothing tells when they are done.
-_LET_GO_S = 0.1
+# Its functions have the default group as a default argument. DistributedDataParallel imports it: if that is the first
+# time, and so after the group was made, they keep the group for ever.
+_KEEPS_THE_GROUP = "torch.distributed.nn"
+
+# Groups that were joined, until the process ends.
+_joined: list[Any] = []
 
 _TIMEOUT = timedelta(minutes=30)  # one process reads and decodes the images while the others wait
 
@@ -104,12 +109,25 @@ def joined() -> Iterator[Group]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    importlib.import_module(_KEEPS_THE_GROUP)
     distributed.init_process_group(backend, timeout=_TIMEOUT, **_meeting_point())
+    _joined.append(distributed.group.WORLD)
     try:
         yield Group(distributed.get_rank(), world)
     finally:
         distributed.destroy_process_group()
-        time.sleep(_LET_GO_S)
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Ends gloo's threads, which otherwise live as long as the process.
+
+    They let go of their last tensors with Python's lock. One that asks for it when the interpreter is gone is aborted,
+    and the process with it, after all its work (pytorch/pytorch#179291). And DistributedDataParallel lets go of its
+    group without giving the lock away: were it the last to do so, it would wait for those threads, and they for it.
+    """
+    gc.collect()
+    _joined.clear()
 
 
 def restarted() -> bool:

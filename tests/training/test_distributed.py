@@ -10,7 +10,18 @@ from training.distributed import Group, joined
 
 # Trains the same small network in as many processes as there are, and saves the weights.
 SCRIPT = """
+import atexit
+import os
 import sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+
+@atexit.register  # the first is the last to run
+def tell_threads():
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    folder.joinpath(f"threads{os.environ['RANK']}.txt").write_text("".join(names))
+
 import numpy as np
 import torch
 from training.batches import Examples, MemorySource
@@ -22,11 +33,27 @@ from training.models import create
 from training.phases import Phase
 from training.pixels import Normaliser
 from training.step import Stepper
-from pathlib import Path
 
 class Quiet:
     def step(self, images, loss): pass
     def epoch(self, history): self.history = history
+
+def train(group):
+    torch.manual_seed(0)
+    normalise = Normaliser((0.5,), (0.3,))
+    stepper = Stepper(create("lenet5", 4, 1), experiment, normalise, class_weights=np.array([1, 2, 1, 0.5], np.float32),
+                      device=torch.device("cpu"), group=group)
+    train, held = Examples(images, labels, np.arange(60)), Examples(images, labels, np.arange(60, 75))
+    source = MemorySource(train, 16, 0, group=group)
+    trainer = Trainer(stepper, source, held, normalise, experiment, phases=(Phase("all", 2),), peak=0.05,
+                      folder=folder, identity={}, group=group)
+    quiet = Quiet()
+    trainer.fit(quiet)
+    found = evaluate(trainer.evaluated, held, normalise, group=group)
+    votes = group.any(group.rank == group.world - 1), group.sum([1.0, float(group.rank)])
+    word = group.from_main(lambda: f"said by {group.rank}")
+    return {"history": [dict(h) for h in quiet.history], "logits": torch.from_numpy(found.logits),
+            "weights": stepper.model.state_dict(), "votes": votes, "word": word}
 
 torch.set_num_threads(1)
 random = np.random.default_rng(0)
@@ -37,22 +64,8 @@ experiment = Experiment.model_validate({
     "optimiser": {"name": "sgd", "learning_rate": 0.05},
 })
 with joined() as group:
-    torch.manual_seed(0)
-    normalise = Normaliser((0.5,), (0.3,))
-    stepper = Stepper(create("lenet5", 4, 1), experiment, normalise, class_weights=np.array([1, 2, 1, 0.5], np.float32),
-                      device=torch.device("cpu"), group=group)
-    train, held = Examples(images, labels, np.arange(60)), Examples(images, labels, np.arange(60, 75))
-    source = MemorySource(train, 16, 0, group=group)
-    folder = Path(sys.argv[1])
-    trainer = Trainer(stepper, source, held, normalise, experiment, phases=(Phase("all", 2),), peak=0.05,
-                      folder=folder, identity={}, group=group)
-    quiet = Quiet()
-    trainer.fit(quiet)
-    found = evaluate(trainer.evaluated, held, normalise, group=group)
-    votes = group.any(group.rank == group.world - 1), group.sum([1.0, float(group.rank)])
-    word = group.from_main(lambda: f"said by {group.rank}")
-    torch.save({"history": [dict(h) for h in quiet.history], "logits": torch.from_numpy(found.logits),
-                "weights": stepper.model.state_dict(), "votes": votes, "word": word}, folder / f"rank{group.rank}.pt")
+    found = train(group)
+torch.save(found, folder / f"rank{group.rank}.pt")
 """
 
 
@@ -67,7 +80,11 @@ def train_in(processes, folder):
         [*launcher, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=110, check=False
     )
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    return [
+        torch.load(folder / f"rank{rank}.pt", weights_only=True)
+        | {"threads": folder.joinpath(f"threads{rank}.txt").read_text()}
+        for rank in range(processes)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +114,14 @@ def test_the_group_agrees(both):
     for part in together:
         assert part["votes"] == (True, [2.0, 1.0])
         assert part["word"] == "said by 0"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_thread_of_the_group_outlives_python(both, rank):
+    """One that does is aborted, and its process with it, if it lets go of a tensor then."""
+    threads = both[1][rank]["threads"].split()
+    assert threads
+    assert not [name for name in threads if "gloo" in name]
 
 
 def test_alone_everything_is_local():
