@@ -266,15 +266,12 @@ class Batcher(Generic[P, R]):
         """
         self._notifying = False
         with self._wake:
-            images = self._next_images()
+            images = self._next_images() if self._here else 0
             if self._here is None or (self._threads and images > self._in_turn):
                 self._wake.notify()
                 return
             taken = self._close_batch(images)
-        self._run_here(self._here, taken)
-
-    def _run_here(self, run: Run[P, R], taken: Taken[Job[P, R]]) -> None:
-        self._deliver(self._ran(run, taken)) if taken.parts else self._drop(taken)
+        self._deliver(self._ran(self._here, taken)) if taken.parts else self._drop(taken)
         if self.queued_images and not self._notifying:  # the rest after what else the loop has to do
             self._notifying = True
             self._call(self._notify)

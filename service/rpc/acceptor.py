@@ -14,13 +14,15 @@ This leans on parts of grpcio that are not its public API. Where a release does 
 serves, and the log says what that means.
 """
 
+# ruff: noqa: SLF001
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import importlib
 from collections.abc import Coroutine, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 from grpc import aio
@@ -46,24 +48,28 @@ _NEEDED = (
 AT_A_TIME = 8
 
 
-class _Details(NamedTuple):
+class _Details(grpc.HandlerCallDetails):
     """What an interceptor is told of a method; there is no call yet."""
 
-    method: str
-    invocation_metadata: tuple[tuple[str, str | bytes], ...] = ()
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.invocation_metadata = ()
 
 
-def server(interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]]) -> aio.Server:
+def server(
+    interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]], at_a_time: int = AT_A_TIME
+) -> aio.Server:
     """A server to add services and ports to, as `grpc.aio.server` gives it.
 
     Args:
         interceptor: gives a handler that takes a stream of messages, whatever the method is; asked once for each
             method (by the library's own server for each call).
         options: of the channel.
+        at_a_time: calls of one method that a turn of the event loop can take, at least 1.
     """
     if all(hasattr(place, name) for place, names in _NEEDED for name in names):
         with contextlib.suppress(TypeError):  # one of them takes other arguments
-            hardened: aio.Server = _Server(interceptor, options)
+            hardened: aio.Server = _Server(interceptor, options, at_a_time)
             return hardened
     _log.warning("calls cost more, and one with a damaged path can stop this server", grpcio=grpc.__version__)
     return aio.server(interceptors=[interceptor], options=options)
@@ -72,9 +78,12 @@ def server(interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]
 class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types leave its core out
     """Takes the calls. The library's own loop only waits for the tasks that do so, which end with the server."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, interceptor: aio.ServerInterceptor, options: Any) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, interceptor: aio.ServerInterceptor, options: Any, at_a_time: int
+    ) -> None:
         super().__init__(loop, None, (), (), options, None)
         self._interceptor = interceptor
+        self._at_a_time = at_a_time
         self._handlers: dict[str, Any] = {}  # by path; the base class hides its own
         self._answers: set[asyncio.Task[None]] = set()  # the loop itself keeps no more than weak references
 
@@ -90,31 +99,31 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
     async def _take(self, method: bytes) -> None:
         path = method.decode()
 
-        async def registered(_: _Details) -> Any:
+        async def registered(_: grpc.HandlerCallDetails) -> Any:
             return self._handlers[path]
 
-        handler: Any = await self._interceptor.intercept_service(registered, _Details(path))  # type: ignore[arg-type]
-        answer = _core._handle_stream_stream_rpc if handler.response_streaming else _core._handle_stream_unary_rpc  # noqa: SLF001  # see the module's docstring
+        handler: Any = await self._interceptor.intercept_service(registered, _Details(path))
+        answer = _core._handle_stream_stream_rpc if handler.response_streaming else _core._handle_stream_unary_rpc
 
         async def one_by_one() -> None:
             loop = asyncio.get_running_loop()
             while True:
                 try:
                     call = await self._request_registered_call(method)
-                except _core._RequestCallError:  # noqa: SLF001
+                except _core._RequestCallError:
                     if self.is_running():
                         continue
                     raise  # the library looks for it
                 self._answer(call, answer(handler, call, loop), path)
                 del call  # or it would stay until there is another one
 
-        await asyncio.gather(*(one_by_one() for _ in range(AT_A_TIME)))
+        await asyncio.gather(*(one_by_one() for _ in range(self._at_a_time)))
 
     async def _take_unknown(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             call = await self._request_call()
-            refusal = _core._ServicerContext(call, None, None, loop).abort(  # noqa: SLF001
+            refusal = _core._ServicerContext(call, None, None, loop).abort(
                 grpc.StatusCode.UNIMPLEMENTED, "there is no such method"
             )
             self._answer(call, refusal, "unknown")
@@ -122,7 +131,7 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
 
     def _answer(self, call: Any, answering: Coroutine[Any, Any, None], path: str) -> None:
         loop = asyncio.get_running_loop()
-        task = loop.create_task(_core._schedule_rpc_coro(answering, call, loop, path))  # noqa: SLF001
+        task = loop.create_task(_core._schedule_rpc_coro(answering, call, loop, path))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
 
@@ -130,8 +139,8 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
 class _Server(_library.Server):  # type: ignore[misc]
     """The library's server around that."""
 
-    def __init__(self, interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, interceptor: aio.ServerInterceptor, options: Sequence[tuple[str, int]], at_a_time: int) -> None:
         # Not the base class's own, which does the same with the library's acceptor.
         self._loop = _core.get_working_loop()
-        augmented = _library._augment_channel_arguments(options, None)  # noqa: SLF001  # as the base class does
-        self._server = _Acceptor(self._loop, interceptor, augmented)
+        augmented = _library._augment_channel_arguments(options, None)  # as the base class does
+        self._server = _Acceptor(self._loop, interceptor, augmented, at_a_time)

@@ -115,7 +115,9 @@ class Around(aio.ServerInterceptor):
             )
         else:
             watched = grpc.stream_unary_rpc_method_handler(
-                _Watched(path, handler, self._metrics, self.arrivals, self.failures, self._inbox, self._gates).handle,
+                _Watched(
+                    path, handler, self._metrics, self.arrivals, self.failures, self._inbox, self._gates.get(path)
+                ).handle,
                 response_serializer=handler.response_serializer,
             )
         self._handlers[path] = watched
@@ -133,11 +135,11 @@ class _Watched:
         arrivals: Arrivals,
         failures: FailureLog,
         inbox: Inbox,
-        gates: Mapping[str, Gate],
+        gate: Gate | None,
     ) -> None:
         _, service, self._name = path.split("/", 2)
         self._inbox = inbox
-        self._gate = gates.get(path)
+        self._gate = gate
         self._failures = failures
         self._arrivals = None if service == health.SERVICE_NAME else arrivals
         self._method: Method = handler.unary_unary

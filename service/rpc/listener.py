@@ -79,7 +79,7 @@ class Listener:
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         self._inbox = Inbox(options.message_timeout_s, options.max_unsent_calls)
         self._around = Around(metrics, self._inbox, {f"/{SERVICE}/Classify": servicer.refusal})
-        self._server = acceptor.server(self._around, _channel_options(options))
+        self._server = acceptor.server(self._around, _channel_options(options), _at_a_time(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -126,6 +126,11 @@ class Listener:
     async def _set(self, state: int, *names: str) -> None:
         for name in names:
             await self._health.set(name, state)
+
+
+def _at_a_time(options: Options) -> int:
+    """Calls to take in a turn: few of those that may wait, or a burst would end calls whose message is there."""
+    return max(1, min(acceptor.AT_A_TIME, options.max_unsent_calls // acceptor.AT_A_TIME))
 
 
 def _channel_options(options: Options) -> list[tuple[str, int]]:

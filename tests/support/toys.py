@@ -255,6 +255,8 @@ class ToyEngine:
 
 # --- servers
 
+CLASSIFY = "/convoy.v1.ImageClassifier/Classify"
+
 
 @dataclass
 class Stand:
@@ -272,6 +274,15 @@ class Stand:
     def value(self, name, **labels):
         """Value of a metric's sample; 0 if it was never touched."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def silent_call(self, method=CLASSIFY, timeout=None):
+        """A call that is opened and never sends its message."""
+
+        async def silence():
+            await asyncio.Event().wait()
+            yield b""
+
+        return self.channel.stream_unary(method)(silence(), timeout=timeout)
 
 
 @asynccontextmanager

@@ -16,7 +16,6 @@ from PIL import Image
 from service.batcher import Job
 from service.errors import DeviceLostError, OutOfMemoryError
 
-CLASSIFY = "/convoy.v1.ImageClassifier/Classify"
 BROKEN = b"\x89PNG\r\n\x1a\nnot really"
 BOMB = toys.encoded(Image.new("1", (5000, 5000)), "PNG")  # 25 million pixels in 3 KB; the stand allows 4 million
 
@@ -148,7 +147,7 @@ async def test_an_unknown_method_is_unimplemented(stand):
 
 @pytest.mark.parametrize("garbage", [b"\xff\xff\xff", b"\x1a\xff\xff\xff\xff\x0fx", b"\x0a\x02\xc3\x28"])
 async def test_bytes_that_are_no_message_leave_the_server_unharmed(stand, garbage):
-    error = await refused(stand.channel.unary_unary(CLASSIFY)(garbage))
+    error = await refused(stand.channel.unary_unary(toys.CLASSIFY)(garbage))
 
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "damaged" in error.details()
@@ -205,7 +204,7 @@ async def test_what_expires_in_the_queue_is_never_batched(stand):
 )
 async def test_requests_leave_memory_with_their_answers(stand, sent, code):
     """Not when Python next looks for circles: by then there are hundreds of megabytes of images."""
-    classify = stand.channel.unary_unary("/convoy.v1.ImageClassifier/Classify")  # bytes: the messages are the server's
+    classify = stand.channel.unary_unary(toys.CLASSIFY)  # bytes: the messages are the server's
     gc.collect()
     before = requests_in_memory()
     gc.disable()
@@ -268,18 +267,12 @@ async def test_a_full_house_is_unavailable_at_once_and_says_when_to_come_back(tm
         assert len((await stand.stub.Classify(request(*[0] * 6))).results) == 6
 
 
-async def silence():
-    """A message that does not come."""
-    await asyncio.Event().wait()
-    yield b""
-
-
 async def test_a_full_house_refuses_calls_before_their_message_is_there(tmp_path):
     async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}, max_images=8, max_pending=8) as stand:
         stand.engines["grey"].pause()
         running = stand.stub.Classify(request(*[0] * 8))
         await stand.engines["grey"].began()
-        error = await refused(stand.channel.stream_unary(CLASSIFY)(silence(), timeout=20))
+        error = await refused(stand.silent_call(timeout=20))
         wrong = await refused(stand.stub.Classify(request(0, model="nope")))
         stand.engines["grey"].resume()
         await running
@@ -298,7 +291,7 @@ async def test_a_model_that_is_busy_has_no_calls_refused_that_may_be_for_another
         running = stand.stub.Classify(request(*[0] * 4, model="grey"))
         await engines["grey"].began()
         sent = await refused(stand.stub.Classify(request(0, model="grey")))
-        unsent = await refused(stand.channel.stream_unary(CLASSIFY)(silence(), timeout=0.5))
+        unsent = await refused(stand.silent_call(timeout=0.5))
         answered = await stand.stub.Classify(request(0, model="other"))
         engines["grey"].resume()
         await running

@@ -51,19 +51,9 @@ async def ended(call):
     return await asyncio.wait_for(call.code(), 10), await call.details()
 
 
-def silent_call(stand, method="/convoy.v1.ImageClassifier/Classify"):
-    """A call that is opened and never sends its message."""
-
-    async def silence():
-        await asyncio.Event().wait()
-        yield b""
-
-    return stand.channel.stream_unary(method)(silence())
-
-
 async def silent_calls(stand, count):
     """So many of them, once the server knows of all."""
-    calls = [silent_call(stand) for _ in range(count)]
+    calls = [stand.silent_call() for _ in range(count)]
     await answers(stand)  # came later, on the same connection
     return calls
 
@@ -77,15 +67,15 @@ async def strict(tmp_path):
 
 
 @pytest.fixture
-async def stand_of_forty(tmp_path):
-    """A patient one that lets forty calls wait for their message: several times what a turn of the loop takes."""
-    bounds = {"message_timeout_s": 60.0, "max_unsent_calls": 40}
+async def stand_of_ten(tmp_path):
+    """A patient one that lets ten calls wait for their message."""
+    bounds = {"message_timeout_s": 60.0, "max_unsent_calls": 10}
     async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}, bounds=bounds) as made:
         yield made
 
 
 async def test_a_message_that_does_not_come_ends_its_call(strict):
-    code, details = await ended(silent_call(strict))
+    code, details = await ended(strict.silent_call())
 
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "0.5 s" in details
@@ -104,21 +94,20 @@ async def test_reflection_and_watch_do_not_wait_for_ever_either(strict):
         "/grpc.health.v1.Health/Watch",
         "/grpc.health.v1.Health/Check",
     ):
-        assert (await ended(silent_call(strict, method)))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert (await ended(strict.silent_call(method)))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_answered(stand_of_forty):
-    calls = await silent_calls(stand_of_forty, 120)
+async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_answered(stand_of_ten):
+    calls = await silent_calls(stand_of_ten, 30)
 
-    assert await answers(stand_of_forty)
+    assert await answers(stand_of_ten)
     ends = [asyncio.create_task(ended(call)) for call in calls]
-    codes = [(await end)[0] for end in itertools.islice(asyncio.as_completed(ends), 81)]
+    codes = [(await end)[0] for end in itertools.islice(asyncio.as_completed(ends), 21)]
     for end in ends:
         end.cancel()
     assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
-    # Of 121 calls forty could wait; the last of them brought its message.
-    assert sum(call.done() for call in calls) == 81
-    assert stand_of_forty.value("convoy_shed_total", reason="unsent") == 81
+    assert sum(call.done() for call in calls) == 21  # of 31 calls ten could wait; the last of them brought its message
+    assert stand_of_ten.value("convoy_shed_total", reason="unsent") == 21
 
 
 async def test_silent_calls_do_not_hold_up_the_stop(stand):
@@ -134,7 +123,7 @@ async def test_a_call_that_ends_without_a_message_is_answered(stand):
         return
         yield b""
 
-    code, details = await ended(stand.channel.stream_unary("/convoy.v1.ImageClassifier/Classify")(nothing()))
+    code, details = await ended(stand.channel.stream_unary(toys.CLASSIFY)(nothing()))
 
     assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a request")
 
