@@ -212,8 +212,15 @@ class ModelVersion:
         return self.manifest.files[MODEL].sha256
 
     def canary_images(self) -> list[bytes]:
-        """The canary's encoded images, in the order of its probabilities."""
-        return [self.file(name).read_bytes() for name in self.manifest.canary.images]
+        """The canary's encoded images, in the order of its probabilities.
+
+        Raises:
+            ArtifactError: one of them is gone.
+        """
+        try:
+            return [self.file(name).read_bytes() for name in self.manifest.canary.images]
+        except OSError as error:
+            raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def load(path: Path) -> ModelVersion:

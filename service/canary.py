@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from service import threads
 from service.artifact import ModelVersion
 from service.engine import Engine
-from service.errors import ArtifactError
+from service.errors import ArtifactError, InvalidImageError
 from service.preprocess import Pixels, preprocess
 
 
@@ -34,8 +34,15 @@ def _probabilities(engine: Engine, images: Pixels) -> NDArray[np.float32]:
 
 
 def pixels(version: ModelVersion) -> Pixels:
-    """The canary's images as the model sees them: uint8[M, H, W, C]."""
-    return np.stack([preprocess(data, version.manifest.input) for data in version.canary_images()])
+    """The canary's images as the model sees them: uint8[M, H, W, C].
+
+    Raises:
+        ArtifactError: one of them is gone, or no image.
+    """
+    try:
+        return np.stack([preprocess(data, version.manifest.input) for data in version.canary_images()])
+    except InvalidImageError as error:
+        raise ArtifactError(f"{version.path}: a canary image cannot be used: {error}") from error
 
 
 def compare(version: ModelVersion, probabilities: NDArray[np.float32], engine: Engine) -> float:

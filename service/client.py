@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 import time
 from collections import deque
@@ -44,13 +45,26 @@ class TlsFiles:
         """What a channel needs.
 
         Raises:
-            ConfigurationError: a file cannot be read.
+            ConfigurationError: a file cannot be read, is no PEM, or the pair is none.
         """
         try:
             ca, key, chain = (path.read_bytes() if path else None for path in (self.ca, self.key, self.certificate))
+            self._check()
+        except ssl.SSLError as error:
+            pair = f", and in {self.key} the key of {self.certificate}" if self.key else ""
+            raise ConfigurationError(
+                f"TLS cannot use its files ({error.reason or error}); expected PEM: authorities in {self.ca}{pair}"
+            ) from None
         except OSError as error:
             raise ConfigurationError(f"{error.filename} cannot be read: {error.strerror}") from error
         return grpc.ssl_channel_credentials(ca, key, chain)
+
+    def _check(self) -> None:
+        """GRPC would only say that nobody answers."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(self.ca)
+        if self.certificate:
+            context.load_cert_chain(self.certificate, self.key)
 
 
 class Client:
@@ -90,7 +104,7 @@ class Client:
             self._channel.close()
             raise ServerUnreachableError(
                 f"no server answers at {self._target}; start one with `convoy serve`, or name another with --server "
-                "(and --tls-ca if it speaks TLS)"
+                "(and --tls-ca if it speaks TLS, with --tls-certificate and --tls-key if it asks for them)"
             ) from None
         except BaseException:  # Ctrl-C: an open channel would hold up the end of the process
             self._channel.close()

@@ -10,6 +10,7 @@ ConvoyError
 │   └── ModelNotReadyError      known, but not able to answer now
 ├── ExpiredError                the deadline passed, or would have
 ├── ArtifactError               a model version on disk breaks the contract
+│   └── OutOfReachError         it cannot be fetched now
 ├── ConfigurationError          settings, ports, paths: the operator has to act
 │   └── ProviderError           an execution provider that was asked for is missing
 ├── EngineError                 the runtime failed while computing
@@ -104,6 +105,10 @@ class ExpiredError(ConvoyError):
 
 class ArtifactError(ConvoyError):
     """A model version on disk breaks the contract of `service.artifact`."""
+
+
+class OutOfReachError(ArtifactError):
+    """A model version that cannot be fetched from where it lies; trying again may help."""
 
 
 class ConfigurationError(ConvoyError):

@@ -23,34 +23,18 @@ from service.errors import (
     InvalidRequestError,
     ModelNotReadyError,
     NotFoundError,
+    OutOfReachError,
 )
 from service.metrics import Metrics
 from service.resources import trim_memory
+from service.routing import Routing
 from service.serving import ServedModel
-from service.sources import Fingerprint, Source, wanted_versions
+from service.sources import Fingerprint, Source
 
 _log = logs.get("repository")
 
 # Loads a version from its directory; gives its canary's largest difference, too. Blocking.
 Loader = Callable[[Path, bool], tuple[ServedModel, float]]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Who answers a model's requests.
-
-    `versions`: policy, see `wanted_versions`. `traffic`: weight of each version for requests that name none; empty
-    gives all to the latest. `shadow`: a version that gets a copy of every request and never answers.
-    """
-
-    versions: str = "latest"
-    traffic: Mapping[int, float] = field(default_factory=dict)
-    shadow: int | None = None
-
-    def needed(self, present: list[int]) -> list[int]:
-        """Versions that have to be loaded, of those that are present."""
-        named = {number for number in (*self.traffic, self.shadow) if number in present}
-        return sorted({*wanted_versions(self.versions, present), *named})
 
 
 @dataclass
@@ -61,6 +45,7 @@ class _Model:
     failed: dict[int, str] = field(default_factory=dict)
     by_hand: dict[int, bool] = field(default_factory=dict)  # versions that an operator loaded (True) or unloaded
     unloaded: bool = False
+    settled: bool = False  # all that its routing needs has been loaded, or has failed to
 
     def needed(self, present: list[int]) -> list[int]:
         """Versions that have to be in service: the routing's, changed by what was done by hand."""
@@ -121,13 +106,15 @@ class Repository:
             return self._routed(model)
         if number not in model.served:
             known = ", ".join(map(str, sorted(model.served)))
-            raise NotFoundError(f"model {name} has no version {number}; served are: {known}")
+            raise NotFoundError(f"the model has no version {number}; served are: {known}")
         return model.served[number]
 
-    def default(self, name: str) -> ServedModel:
-        """The version that gets most of the traffic: the heaviest of the split, else the latest."""
-        model = self._find(name)
-        weights = self._weights(model)
+    def default(self, name: str) -> ServedModel | None:
+        """The version that gets most of the traffic: the heaviest of the split, else the latest; None if none does."""
+        model = self._models.get(name)
+        weights = self._weights(model) if model else {}
+        if model is None or not weights:
+            return None
         return model.served[max(weights, key=lambda number: (weights[number], number))]
 
     def shadow(self, name: str, answering: ServedModel) -> ServedModel | None:
@@ -156,7 +143,7 @@ class Repository:
 
     def routing(self, name: str) -> Routing:
         """How a model's requests are routed."""
-        return self._find(name).routing
+        return self._routing_for(name)
 
     # --- coming and going
 
@@ -187,6 +174,11 @@ class Repository:
                 )
             await self._settle(name, numbers, strict=True)
         self._complete = True
+        for name, routing in self._routings.items():
+            if absent := routing.missing(everything.get(name, [])):
+                _log.warning("settings name versions that are not there", model=name, versions=absent)
+            elif name not in everything:
+                _log.warning("settings name a model that is not there", model=name)
 
     async def poll(self) -> None:
         """Looks at the source once and follows it: new and changed versions are loaded, superseded ones retired.
@@ -194,14 +186,16 @@ class Repository:
         Failures are counted and logged once for each state of the files; they change nothing.
         """
         try:
-            present = await self._present()
+            present = await self._present(everything=True)
         except ConfigurationError as error:
             _log.warning("repository cannot be read", error=str(error))
             return
+        self._forget(present)
         for name, numbers in sorted(present.items()):
             known = self._models.get(name)
-            if known is None or not known.unloaded:
+            if name in (self._names or present) and (known is None or not known.unloaded):
                 await self._settle(name, numbers, strict=False)
+        await asyncio.to_thread(self._source.tidy, present, {(served.name, served.number) for served in self})
 
     async def load(self, name: str, number: int | None = None) -> None:
         """Loads a model, or loads it again from what is now on disk. The versions already served answer meanwhile.
@@ -226,6 +220,7 @@ class Repository:
             async with self._changing:
                 await self._replace(name, number, force=True)
             model.by_hand[number] = True
+            model.settled = True
         else:
             model.by_hand.clear()
             await self._settle(name, present, strict=True, force=True)
@@ -243,6 +238,7 @@ class Repository:
                 raise NotFoundError(f"model {name} has no version {number} in service")
             numbers = list(model.served) if number is None else [number]
             model.unloaded = model.unloaded or set(numbers) == set(model.served)
+            model.settled = not model.unloaded
             for each in numbers:
                 model.by_hand[each] = False
                 self._retire(name, each)
@@ -252,19 +248,17 @@ class Repository:
         """Changes the versions, the split and the shadow of a model; loads first what that needs.
 
         Raises:
-            InvalidRequestError: weights that are not positive, or a version that does not exist.
+            InvalidRequestError: a policy or weights that make no sense, or a version that does not exist.
             ArtifactError, ProviderError, EngineError: a version cannot be served; the routing stays as it was.
         """
         await self._carried_through(self._route(name, routing))
 
     async def _route(self, name: str, routing: Routing) -> None:
-        self._find(name)
+        routing.check()
+        served = self._find(name).served
         present = (await self._present(everything=True)).get(name, [])
-        unknown = [number for number in (*routing.traffic, routing.shadow) if number and number not in present]
-        if unknown:
+        if unknown := routing.missing({*present, *served}):
             raise InvalidRequestError(f"model {name} has no version {', '.join(map(str, unknown))}; it has {present}")
-        if any(weight <= 0 for weight in routing.traffic.values()):
-            raise InvalidRequestError("the weights of a traffic split have to be above 0; leave a version out instead")
         before = self._models[name].routing
         self._models[name].routing = Routing(routing.versions, before.traffic, before.shadow)
         try:
@@ -313,31 +307,33 @@ class Repository:
         await asyncio.shield(task)
 
     def _find(self, name: str) -> _Model:
-        if not name:
-            serving = [known for known, model in self._models.items() if model.served]
-            name = serving[0] if len(serving) == 1 else name
+        serving = [known for known, model in self._models.items() if model.served]
+        if not name and self._complete and len(serving) == 1:
+            name = serving[0]
         model = self._models.get(name)
-        if model is None or not model.served:
-            if not self._complete:
-                raise ModelNotReadyError("models are still being loaded", retry_after_ms=500)
-            known = ", ".join(sorted({served.name for served in self})) or "none"
-            raise NotFoundError(f"there is no model {name!r}; served are: {known}")
-        return model
+        if model is not None and model.served and model.settled:
+            return model
+        if not self._complete or (model is not None and model.served):
+            raise ModelNotReadyError("models are still being loaded", retry_after_ms=500)
+        known = ", ".join(sorted(serving)) or "none"
+        raise NotFoundError(f"there is no model {name!r}; served are: {known}" if name else f"name the model: {known}")
 
     def _routed(self, model: _Model) -> ServedModel:
         weights = self._weights(model)
+        if not weights:
+            raise NotFoundError("no version of the model answers: its shadow is all that is in service")
         if len(weights) == 1:
             return model.served[next(iter(weights))]
         chosen = random.choices(list(weights), list(weights.values()))[0]
         return model.served[chosen]
 
     def _weights(self, model: _Model) -> dict[int, float]:
-        """The split over versions that are in service; without one, the latest that is no shadow."""
+        """The split over versions that are in service; without one, the latest that is no shadow. Empty: none."""
         split = {number: weight for number, weight in model.routing.traffic.items() if number in model.served}
         if split:
             return split
-        answering = [number for number in model.served if number != model.routing.shadow] or list(model.served)
-        return {max(answering): 1.0}
+        answering = [number for number in model.served if number != model.routing.shadow]
+        return {max(answering): 1.0} if answering else {}
 
     def _routing_for(self, name: str) -> Routing:
         known = self._models.get(name)
@@ -352,6 +348,14 @@ class Repository:
     def _queued(self, name: str) -> int:
         return sum(served.batcher.queued_images for served in list(self._models[name].served.values()))
 
+    def _forget(self, present: Mapping[str, list[int]]) -> None:
+        """Versions that failed to load and are gone from the source are no failures any more."""
+        for name, model in self._models.items():
+            for number in set(model.failed).difference(present.get(name, [])):
+                del model.failed[number]
+                if number not in model.served:
+                    model.seen.pop(number, None)
+
     async def _present(self, *, everything: bool = False) -> dict[str, list[int]]:
         present = await asyncio.to_thread(self._source.models)
         if self._names and not everything:
@@ -363,12 +367,15 @@ class Repository:
         async with self._changing:
             model = self._model(name)
             needed = model.needed(present)
-            for number in needed:
-                try:
-                    await self._replace(name, number, force=force)
-                except ConvoyError:
-                    if strict:
-                        raise
+            try:
+                for number in needed:
+                    try:
+                        await self._replace(name, number, force=force)
+                    except ConvoyError:
+                        if strict:
+                            raise
+            finally:
+                model.settled = True
             if any(number in model.served for number in needed):
                 for number in [number for number in model.served if number not in needed]:
                     self._retire(name, number)
@@ -392,6 +399,8 @@ class Repository:
                 raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
         except ConvoyError as error:
             model.failed[number] = str(error)
+            if isinstance(error, OutOfReachError):
+                del model.seen[number]
             self._metrics.model_load_failures.labels(model=name).inc()
             _log.error("model not loaded", model=name, version=number, error=str(error))
             raise

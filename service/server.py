@@ -22,7 +22,7 @@ from service.errors import ConvoyError, DeviceLostError
 from service.http import HttpServer
 from service.metrics import Metrics
 from service.preprocess import Limits
-from service.repository import Repository, Routing
+from service.repository import Repository
 from service.rpc.admin import Admin
 from service.rpc.credentials import TlsFiles
 from service.rpc.listener import AdminListener, Listener, Options, host_port
@@ -71,9 +71,7 @@ class Server:
             self._load_version,
             metrics,
             names=settings.models,
-            routings={
-                name: Routing(own.versions, own.traffic, own.shadow) for name, own in settings.model_settings.items()
-            },
+            routings={name: own.routing for name, own in settings.model_settings.items()},
             release_timeout_s=settings.max_deadline_ms / 1000,
         )
         limits = Limits(max_pixels=settings.max_image_pixels, max_side=settings.max_image_side)

@@ -24,12 +24,18 @@ from pydantic_settings import (
 from yaml import YAMLError
 
 from service.candidates import Wishes
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, InvalidRequestError
+from service.routing import Routing
 
 MIB = 1 << 20
+_LARGEST = 2**31 - 1  # of what gRPC counts
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+Threads = Annotated[int, Field(ge=0, le=256)]
 
+# gRPC counts milliseconds in 32 bits: up to 24 days. An hour is more than enough for what takes part of a request.
+Seconds = Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, le=3_600_000, allow_inf_nan=False)]
 
 # By provider, ONNX Runtime's own options: {"cuda": {"gpu_mem_limit": "4294967296"}}.
 ProviderOptions = Mapping[str, Mapping[str, str | int | float]]
@@ -40,8 +46,10 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    versions: str = Field("latest", description="Versions to load: latest, latest:N, all, or numbers like 1,3.")
-    traffic: Mapping[int, Annotated[float, Field(gt=0)]] = Field(
+    versions: Annotated[str, Field(coerce_numbers_to_str=True)] = Field(
+        "latest", description="Versions to load: latest, latest:N, all, or numbers like 1,3."
+    )
+    traffic: Mapping[int, float] = Field(
         default_factory=dict, description="Weight of each version for requests that name none."
     )
     shadow: int | None = Field(None, description="Version that gets a copy of every request and never answers.")
@@ -51,9 +59,27 @@ class ModelSettings(BaseModel):
     provider_options: ProviderOptions | None = None
     allow_fallback: bool | None = None
     variant: str | None = None
-    executors: Annotated[int, Field(ge=0, le=256)] | None = None
-    intra_op_threads: Annotated[int, Field(ge=0, le=256)] | None = None
+    executors: Threads | None = None
+    intra_op_threads: Threads | None = None
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _names(value)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        try:
+            self.routing.check()
+        except InvalidRequestError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def routing(self) -> Routing:
+        """Who answers."""
+        return Routing(self.versions, self.traffic, self.shadow)
 
 
 class Settings(BaseSettings):
@@ -74,14 +100,14 @@ class Settings(BaseSettings):
     model_settings: Mapping[str, ModelSettings] = Field(
         default_factory=dict, description="Settings of single models, by name; in the settings file only."
     )
-    repository_poll_s: float = Field(
-        5.0, ge=0, description="Seconds between looks for new and changed versions; 0: only the admin API loads."
+    repository_poll_s: Seconds = Field(
+        5.0, description="Seconds between looks for new and changed versions; 0: only the admin API loads."
     )
     cache_dir: Path = Field(
         Path("~/.cache/convoy"), description="Directory for mirrored models, compiled engines and measurements."
     )
-    canary_interval_s: float = Field(
-        300.0, ge=0, description="Seconds between checks of every served version with its canary images; 0: never."
+    canary_interval_s: Seconds = Field(
+        300.0, description="Seconds between checks of every served version with its canary images; 0: never."
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: Port = Field(8500, description="gRPC port; 0 picks a free one.")
@@ -110,9 +136,8 @@ class Settings(BaseSettings):
         60_000, ge=1, description="Longest deadline; a call that asks for more gets this, in milliseconds."
     )
 
-    message_timeout_s: float = Field(
+    message_timeout_s: Seconds = Field(
         30.0,
-        ge=0,
         description="Seconds that a request's message may take to arrive once its call is open; 0 waits as long as the "
         "connection lasts.",
     )
@@ -121,11 +146,12 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         4096,
         ge=1,
+        le=_LARGEST,
         description="Most gRPC connections at a time, and never more than three quarters of the file descriptors that "
         "the process may open; further ones are closed at once.",
     )
     max_calls_per_connection: int = Field(
-        1024, ge=1, description="Most calls of one connection at a time; further ones wait at the client."
+        1024, ge=1, le=_LARGEST, description="Most calls of one connection at a time; further ones wait at the client."
     )
 
     # --- how much may be in the house at once; beyond it calls are refused at once
@@ -136,26 +162,22 @@ class Settings(BaseSettings):
         512 * MIB, ge=1, description="Most bytes of encoded images admitted and not yet answered."
     )
 
-    codel_target_ms: float = Field(
+    codel_target_ms: Milliseconds = Field(
         2000.0,
-        ge=0,
         description="Waiting time that a standing queue may have; beyond it requests are shed until it is short again "
         "(CoDel). Set it near the latency you promise; in effect never below four full batches. 0 never sheds.",
     )
-    batch_window_ms: float = Field(
+    batch_window_ms: Milliseconds = Field(
         0.0,
-        ge=0,
         description="Longest wait for a fuller batch; 0 never waits: best unless measured otherwise.",
     )
 
     # --- the machine
     max_batch_size: int = Field(32, ge=1, le=1024, description="Largest batch, in images.")
-    decode_threads: int = Field(
-        0, ge=0, le=256, description="Threads that decode images; 0 takes one for each CPU of the cgroup's quota."
+    decode_threads: Threads = Field(
+        0, description="Threads that decode images; 0 takes one for each CPU of the cgroup's quota."
     )
-    intra_op_threads: int = Field(
-        0, ge=0, le=256, description="CPU threads for one batch; 0 chooses from the cgroup's quota."
-    )
+    intra_op_threads: Threads = Field(0, description="CPU threads for one batch; 0 chooses from the cgroup's quota.")
 
     # --- providers
     providers: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -172,34 +194,30 @@ class Settings(BaseSettings):
     variant: str = Field(
         "auto", description="Variant to run: fp32, fp16, int8, trt-int8; auto takes the fastest that is right."
     )
-    executors: int = Field(
-        0, ge=0, le=256, description="Batches of a model at a time on the CPU; 0 chooses from the cgroup's quota."
+    executors: Threads = Field(
+        0, description="Batches of a model at a time on the CPU; 0 chooses from the cgroup's quota."
     )
-    cpu_batch_ms: float = Field(
+    cpu_batch_ms: Milliseconds = Field(
         50.0,
-        ge=0,
         description="Time that the largest batch may take on a CPU, in milliseconds: larger ones are no faster there "
         "and make others wait. 0 leaves it to max_batch_size.",
     )
-    plan_budget_s: float = Field(
+    plan_budget_s: Seconds = Field(
         10.0,
-        ge=0,
         description="Seconds for measuring the variants of a model at its first load; what was not tried by then is "
         "left out.",
     )
 
     # --- life cycle
-    drain_delay_s: float = Field(
+    drain_delay_s: Seconds = Field(
         0.0,
-        ge=0,
         description="Seconds between reporting NOT_SERVING and refusing calls, for load balancers to notice.",
     )
-    drain_timeout_s: float = Field(
-        65.0, ge=0, description="Most seconds to wait for calls in flight at shutdown; the rest are cancelled."
+    drain_timeout_s: Seconds = Field(
+        65.0, description="Most seconds to wait for calls in flight at shutdown; the rest are cancelled."
     )
-    max_connection_age_s: float = Field(
+    max_connection_age_s: Seconds = Field(
         300.0,
-        ge=0,
         description="Seconds after which a client has to reconnect, so that it finds new replicas; 0: never.",
     )
 
@@ -212,8 +230,7 @@ class Settings(BaseSettings):
     @field_validator("models", "providers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(name.strip() for part in parts for name in str(part).split(",") if name.strip())
+        return _names(value)
 
     @field_validator("cache_dir")
     @classmethod
@@ -264,6 +281,14 @@ class Settings(BaseSettings):
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
 
+def _names(value: Any) -> Any:
+    """Names from a list, or from text with commas; anything else is for pydantic to refuse."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    return tuple(name.strip() for part in parts for name in str(part).split(",") if name.strip())
+
+
 def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
     """Reads the settings from all sources.
 
@@ -275,7 +300,9 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
         ConfigurationError: the file cannot be read, or a value is wrong; the message names each setting.
     """
     if config is not None and not config.is_file():
-        raise ConfigurationError(f"the settings file {config} does not exist")
+        raise ConfigurationError(
+            f"the settings file {config} {'is no plain file' if config.exists() else 'does not exist'}"
+        )
 
     class _WithFile(Settings):
         model_config = SettingsConfigDict(yaml_file=config, yaml_file_encoding="utf-8")

@@ -7,12 +7,12 @@ training publishes atomically, and a copy that is under way fails its hashes and
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from service import artifact, publication
-from service.errors import ArtifactError, ConfigurationError
+from service.errors import ArtifactError, ConfigurationError, OutOfReachError
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 
@@ -35,11 +35,15 @@ class Source(Protocol):
         """Local directory of a version; its content is not verified yet.
 
         Raises:
-            ArtifactError: it cannot be had.
+            ArtifactError: it is incomplete or damaged.
+            OutOfReachError: it cannot be had now; the next attempt may succeed, although nothing has changed there.
         """
 
     def fingerprint(self, name: str, number: int) -> Fingerprint:
         """Changes whenever a file of the version changes; empty if the version is gone."""
+
+    def tidy(self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]) -> None:
+        """Removes local copies of versions, by name and number, that are neither present nor served any more."""
 
 
 def open_source(location: str, cache: Path) -> Source:
@@ -88,6 +92,9 @@ class LocalSource:
             entries.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
         return tuple(entries)
 
+    def tidy(self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]) -> None:
+        """Nothing: there are no copies."""
+
     @staticmethod
     def _complete(model: Path) -> list[int]:
         return [number for number in artifact.versions(model) if (model / str(number) / artifact.MANIFEST).is_file()]
@@ -120,7 +127,7 @@ class RemoteSource:
         found: dict[str, list[int]] = {}
         for manifest in sorted(manifests):
             name, number = PurePosixPath(manifest).parts[-3:-1]
-            if number.isdecimal() and int(number) > 0:
+            if not name.startswith(".") and _is_version(number):
                 found.setdefault(name, []).append(int(number))
         return {name: sorted(numbers) for name, numbers in found.items()}
 
@@ -130,7 +137,7 @@ class RemoteSource:
         source = f"{self._root}/{name}/{number}"
         try:
             manifest = self._filesystem.cat_file(f"{source}/{artifact.MANIFEST}")
-            if target.is_dir() and (target / artifact.MANIFEST).read_bytes() == manifest:
+            if _holds(target, manifest):
                 return target
             staging = publication.staging_dir(self._mirror, name, number)
             try:
@@ -142,24 +149,53 @@ class RemoteSource:
                 shutil.rmtree(staging, ignore_errors=True)
         except ArtifactError:
             raise
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{self._url}/{name}/{number} is half-copied: {error} is not there") from error
         except Exception as error:  # each backend raises exceptions of its own library
-            raise ArtifactError(f"{self._url}/{name}/{number} cannot be fetched: {error}") from error
+            raise OutOfReachError(f"{self._url}/{name}/{number} cannot be fetched: {error}") from error
         return target
 
     def fingerprint(self, name: str, number: int) -> Fingerprint:
-        """The manifest's size and what the backend knows of its change: it lists the hashes of all other files."""
+        """Paths and sizes of all files, and what the backend knows of their changes."""
         try:
-            info = self._filesystem.info(f"{self._root}/{name}/{number}/{artifact.MANIFEST}")
+            files = self._filesystem.find(f"{self._root}/{name}/{number}", detail=True)
         except Exception:  # noqa: BLE001  # gone, or out of reach for the moment: no news
             return ()
-        changed = str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or "")
-        return ((changed, int(info.get("size") or 0), 0),)
+        return tuple(
+            (f"{path} {_changed(info)}", int(info.get("size") or 0), 0) for path, info in sorted(files.items())
+        )
+
+    def tidy(self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]) -> None:
+        """Removes what the mirror holds of them."""
+        for copy in self._mirror.glob("*/*"):
+            name, number = copy.parent.name, copy.name
+            if _is_version(number) and int(number) not in present.get(name, ()) and (name, int(number)) not in served:
+                shutil.rmtree(copy, ignore_errors=True)
 
     def _download(self, source: str, staging: Path, manifest: bytes) -> None:
         (staging / artifact.MANIFEST).write_bytes(manifest)
         for path in artifact.read_manifest(staging).files:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             self._filesystem.get_file(f"{source}/{path}", str(staging / path))
+
+
+def _is_version(text: str) -> bool:
+    """Whether a directory's name is a version number as everybody writes it: 4, and not 04."""
+    return text.isdecimal() and int(text) > 0 and str(int(text)) == text
+
+
+def _holds(target: Path, manifest: bytes) -> bool:
+    """Whether a copy is there, with this manifest, and undamaged."""
+    try:
+        return (target / artifact.MANIFEST).read_bytes() == manifest and bool(artifact.load(target))
+    except (OSError, ArtifactError):
+        return False
+
+
+def _changed(info: Mapping[str, Any]) -> str:
+    """What changes with a file's content, by whatever name a backend knows it."""
+    keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+    return str(next((info[key] for key in keys if info.get(key)), ""))
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -172,24 +208,3 @@ def _open(url: str) -> tuple[Any, str]:
     except Exception as error:
         raise ConfigurationError(f"the repository {url} cannot be opened: {error}") from error
     return filesystem, str(root).rstrip("/")
-
-
-def wanted_versions(policy: str, present: Sequence[int]) -> list[int]:
-    """The versions that a policy asks for, of those that are present, ascending.
-
-    Args:
-        policy: `latest`, `latest:N`, `all`, or numbers such as `1,3`.
-        present: version numbers, ascending.
-
-    Raises:
-        ConfigurationError: the policy is none of these.
-    """
-    word, _, count = policy.partition(":")
-    if policy == "all":
-        return list(present)
-    if word == "latest" and (not count or (count.isdecimal() and int(count) > 0)):
-        return list(present[-int(count or 1) :])
-    numbers = [part.strip() for part in policy.split(",")]
-    if all(part.isdecimal() for part in numbers):
-        return [number for number in present if number in set(map(int, numbers))]
-    raise ConfigurationError(f"the version policy {policy!r} is none of: latest, latest:N, all, or numbers like 1,3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from service.client import TlsFiles
 
 _DEFAULT_CONCURRENCY = (1.0, 4.0, 16.0)
+_MOST_PIXELS = 64_000_000  # what a server takes by default
 
 
 class _Numbers(click.ParamType[tuple[float, ...]]):
@@ -52,13 +54,23 @@ class _Size(click.ParamType[tuple[int, int]]):
         found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(value))
         if not found:
             self.fail(f"{value!r} is not WIDTHxHEIGHT such as 500x375", param, ctx)
-        return int(found[1]), int(found[2])
+        width, height = int(found[1]), int(found[2])
+        if width * height > _MOST_PIXELS:
+            self.fail(f"{value} has more than {_MOST_PIXELS:,} pixels", param, ctx)
+        return width, height
 
 
-def _svg(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+def _writable(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    """Refuses what could not be written after the measurement."""
+    if value is not None and not os.access(value if value.exists() else value.parent, os.W_OK):
+        raise click.BadParameter(f"{value} cannot be written; name a file in a folder that exists")
+    return value
+
+
+def _svg(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     if value is not None and value.suffix.lower() != ".svg":
         raise click.BadParameter(f"{value} has to end in .svg; browsers and office programs open it")
-    return value
+    return _writable(ctx, param, value)
 
 
 @click.command()
@@ -66,7 +78,7 @@ def _svg(_: click.Context, __: click.Parameter, value: Path | None) -> Path | No
 @options.server
 @options.tls
 @click.option("--model", default="", help="Name of the model. May be left out if the server has only one.")
-@click.option("--version", type=click.IntRange(min=1), help="Version of the model.  [default: the latest]")
+@click.option("--version", type=options.VERSION, help="Version of the model.  [default: the latest]")
 @click.option("--synthetic", type=_Size(), metavar="WxH", help="Make up photo-like JPEGs instead of IMAGE.")
 @click.option(
     "--concurrency",
@@ -84,13 +96,19 @@ def _svg(_: click.Context, __: click.Parameter, value: Path | None) -> Path | No
 @click.option("--requests", "count", type=click.IntRange(min=1), help="Stop a level after so many, instead.")
 @click.option("--warmup", default=2.0, show_default=True, type=click.FloatRange(min=0), help="Seconds not counted.")
 @click.option("--images-per-request", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1), help="Classes for each image.")
+@click.option("--top-k", default=5, show_default=True, type=options.TOP_K, help="Classes for each image.")
 @click.option(
     "--deadline-ms", default=1000.0, show_default=True, type=click.FloatRange(min=1), help="Deadline of each request."
 )
 @click.option("--connections", default=1, show_default=True, type=click.IntRange(1, 256), help="HTTP/2 connections.")
 @click.option("--seed", default=0, show_default=True, help="Of the arrivals and of made-up images.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
+@click.option(
+    "--json",
+    "json_file",
+    callback=_writable,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the figures here.",
+)
 @click.option(
     "--plot",
     "plot_file",

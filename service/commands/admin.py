@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from service.commands import options
 from service.errors import ConfigurationError
 from service.exits import ServerUnreachableError
 
@@ -23,7 +24,7 @@ _admin = click.option(
     show_default=True,
     help="Address of the admin API, host:port; the server opens it with --admin-port.",
 )
-_version = click.option("--version", type=click.IntRange(min=1), help="One version.  [default: by the model's policy]")
+_version = click.option("--version", type=options.VERSION, help="One version.  [default: by the model's policy]")
 
 # A load includes warm-up, and on some devices the compilation of an engine.
 _TIMEOUT_S = 900.0
@@ -64,7 +65,8 @@ def status(admin: str, as_json: bool) -> None:
         click.echo(json.dumps(MessageToDict(reply, preserving_proto_field_name=True), ensure_ascii=False, indent=2))
         return
     for model in reply.models:
-        click.echo(f"{click.style(model.model, bold=True)}  {_routing_text(model.routing)}")
+        routing = _routing_text(model.routing) if model.versions else "not served"
+        click.echo(f"{click.style(model.model, bold=True)}  {routing}")
         for served in model.versions:
             answers = ", answers" if served.is_default else ""
             click.echo(f"  version {served.version}: {served.architecture} on {served.provider}{answers}")
@@ -109,7 +111,7 @@ def unload(model: str, version: int | None, admin: str) -> None:
 @click.option(
     "--traffic", help="Split for requests that name no version, such as 1=90,2=10.  [default: all to the latest]"
 )
-@click.option("--shadow", type=click.IntRange(min=1), help="Version that gets a copy of every request, never answers.")
+@click.option("--shadow", type=options.VERSION, help="Version that gets a copy of every request, never answers.")
 @_admin
 def route(model: str, versions: str, traffic: str | None, shadow: int | None, admin: str) -> None:
     """Change which versions of MODEL are loaded and which of them answers.
@@ -131,9 +133,15 @@ def route(model: str, versions: str, traffic: str | None, shadow: int | None, ad
 def _split(text: str | None) -> dict[int, float]:
     try:
         pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {int(number): float(weight) for number, weight in pairs}
+        return {_in_range(int(number)): float(weight) for number, weight in pairs}
     except ValueError:
         raise ConfigurationError(f"--traffic {text}: write version=weight pairs, such as 1=90,2=10") from None
+
+
+def _in_range(number: int) -> int:
+    if number not in range(1, options.LARGEST_VERSION + 1):
+        raise ValueError(number)
+    return number
 
 
 def _routing_text(routing: pb.Routing) -> str:

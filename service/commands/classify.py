@@ -28,8 +28,8 @@ _REQUEST_IMAGES = 16
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @options.server
 @click.option("--model", default="", help="Name of the model. May be left out if the server has only one.")
-@click.option("--version", type=click.IntRange(min=1), help="Version of the model.  [default: the latest]")
-@click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1), help="Classes for each image.")
+@click.option("--version", type=options.VERSION, help="Version of the model.  [default: the latest]")
+@click.option("--top-k", default=5, show_default=True, type=options.TOP_K, help="Classes for each image.")
 @click.option(
     "--min-score", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Leave out classes below this."
 )
@@ -74,7 +74,9 @@ def classify(
                 answered += 1
                 click.echo(_as_json(name, outcome) if as_json else _as_text(name, outcome))
     if failed == answered:
-        raise DataError("the image could not be classified" if failed == 1 else f"none of the {failed} images could be")
+        raise DataError(
+            "the image could not be classified" if failed == 1 else f"none of the {failed} images could be classified"
+        )
     if failed:
         raise PartialError(f"{failed} of {answered} images could not be classified")
 
@@ -83,13 +85,13 @@ def _files(arguments: Iterable[str]) -> Iterator[Path]:
     """The files named, and those in the folders named, sorted."""
     for argument in arguments:
         path = Path(argument)
-        if argument == "-" or path.is_file():
-            yield path
-        elif path.is_dir():
+        if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
             if not found:
                 raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
             yield from found
+        elif argument == "-" or path.exists():  # a file, or a pipe
+            yield path
         else:
             raise DataError(f"{path} does not exist")
 

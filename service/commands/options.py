@@ -13,6 +13,11 @@ from service.errors import ConfigurationError
 
 _file = click.Path(path_type=Path, dir_okay=False)
 
+# Numbers of the API that travel in fixed widths.
+LARGEST_VERSION = 2**63 - 1
+VERSION = click.IntRange(1, LARGEST_VERSION)
+TOP_K = click.IntRange(1, 2**32 - 1)
+
 server = click.option(
     "--server", default="localhost:8500", envvar="CONVOY_SERVER", show_default=True, help="Address, host:port."
 )

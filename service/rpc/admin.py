@@ -9,9 +9,9 @@ from convoy.v1 import admin_pb2_grpc as pb_grpc
 from grpc import aio
 
 from service.errors import InvalidRequestError
-from service.repository import Repository, Routing
+from service.repository import Repository
+from service.routing import Routing
 from service.rpc.describe import summary
-from service.sources import wanted_versions
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -68,7 +68,6 @@ def _named(model: str) -> None:
 
 def _routing(message: pb.Routing) -> Routing:
     policy = message.versions or "latest"
-    wanted_versions(policy, [])  # refuses what is no policy
     return Routing(policy, dict(message.traffic), message.shadow if message.HasField("shadow") else None)
 
 

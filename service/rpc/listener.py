@@ -137,7 +137,8 @@ def _channel_options(options: Options) -> list[tuple[str, int]]:
     age_ms = round(options.max_connection_age_s * 1000) or 2**31 - 1
     return [
         ("grpc.max_receive_message_length", options.max_message_bytes),
-        ("grpc.max_send_message_length", options.max_message_bytes),
+        # What is answered is bounded by what was asked. Over a limit gRPC would fail an answer that counts as given.
+        ("grpc.max_send_message_length", -1),
         # Without this a second server on the same port would silently take half of the traffic.
         ("grpc.so_reuseport", 0),
         ("grpc.max_connection_age_ms", age_ms),

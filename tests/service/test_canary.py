@@ -58,6 +58,20 @@ def test_a_version_that_promises_something_else_is_refused(tmp_path):
         canary.check(version, toys.ToyEngine())
 
 
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: path.write_bytes(b"no image"), r"grey/1: a canary image cannot be used"),
+        (lambda path: path.unlink(), r"85\.png cannot be read"),
+    ],
+)
+def test_a_canary_image_that_cannot_be_used_is_the_version_s_fault(version, harm, words):
+    harm(version.path / "canary" / "85.png")
+
+    with pytest.raises(ArtifactError, match=words):
+        canary.check(version, toys.ToyEngine())
+
+
 def test_the_images_come_as_the_model_sees_them(tmp_path):
     spec = InputSpec(height=6, width=4, channels=3, resize=Resize(mode="stretch"))
     version = artifact.load(toys.write_version(tmp_path, spec=spec))

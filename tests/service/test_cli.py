@@ -236,6 +236,11 @@ def test_only_bad_images_are_named_one_by_one(convoy, served, tmp_path, count):
         (["serve", "--repository", "/nowhere"], 2, "/nowhere does not exist"),
         (["inspect", "/nowhere"], 2, "/nowhere"),
         (["classify", "/nowhere.png"], 3, "/nowhere.png does not exist"),
+        (["classify", "x.png", "--version", str(2**63)], 2, "--version"),
+        (["classify", "x.png", "--top-k", str(2**32)], 2, "--top-k"),
+        (["classify", __file__, "--tls-ca", __file__], 2, "expected PEM"),
+        (["route", "pets", "--traffic", f"{2**63}=1", "--admin", NOBODY], 2, "version=weight"),
+        (["serve", "--max-connection-age-s", "inf"], 2, "max_connection_age_s"),
         (
             ["classify", __file__, "--server", NOBODY],
             4,

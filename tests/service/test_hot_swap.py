@@ -1,6 +1,7 @@
 """Versions coming and going while requests are answered."""
 
 import asyncio
+import math
 import shutil
 from itertools import count
 
@@ -213,10 +214,29 @@ async def test_traffic_is_split_by_weight(repository):
         # 100 expected, standard deviation 8.7: seven of them away would be one in 10^11.
         assert 40 < versions.count(2) < 160
         assert (await ends.classify(version=1)).version == 1
-        bad = admin_pb2.SetRoutingRequest(model="grey", routing=admin_pb2.Routing(traffic={5: 1}))
-        with pytest.raises(aio.AioRpcError) as refused:
-            await ends.admin.SetRouting(bad)
+
+
+@pytest.mark.parametrize(
+    ("routing", "words"),
+    [
+        ({"traffic": {5: 1}}, "no version 5"),
+        ({"traffic": {0: 1}}, "no version 0"),
+        ({"shadow": 5}, "no version 5"),
+        ({"versions": "1,5"}, "no version 5"),
+        ({"versions": "newest"}, "version policy"),
+        ({"traffic": {1: math.inf}}, "finite"),
+        ({"traffic": {1: math.nan}}, "above 0"),
+    ],
+)
+async def test_a_routing_that_cannot_be_changes_nothing(repository, routing, words):
+    async with Around(repository) as ends:
+        request = admin_pb2.SetRoutingRequest(model="grey", routing=admin_pb2.Routing(**routing))
+        with pytest.raises(aio.AioRpcError, match=words) as refused:
+            await ends.admin.SetRouting(request)
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        write_version(repository, "grey", 2)
+        await ends.server.repository.poll()
+        assert (await ends.classify()).version == 2
 
 
 async def test_a_shadow_is_compared_and_never_answers(repository):

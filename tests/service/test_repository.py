@@ -1,16 +1,20 @@
 """Which version answers, what is said of those that do not, and what a start makes of the files it finds."""
 
 import asyncio
+import itertools
+import shutil
 import threading
 from contextlib import asynccontextmanager
 
 import pytest
+import structlog
 import toys
 
 from service import serving
-from service.errors import ConfigurationError, ModelNotReadyError, NotFoundError
+from service.errors import ConfigurationError, ModelNotReadyError, NotFoundError, OutOfReachError
 from service.metrics import Metrics
-from service.repository import Repository, Routing
+from service.repository import Repository
+from service.routing import Routing
 from service.sources import LocalSource
 
 
@@ -87,6 +91,103 @@ async def test_no_name_is_enough_only_where_there_is_one_model(root):
         await repository.load_all()
 
         assert repository.get("").name == "other"
+
+
+@asynccontextmanager
+async def stopped_at(root, number, **options):
+    """A repository that is being loaded and has come to its load of so many, counted from 1; and what lets it end."""
+    come, go = asyncio.Event(), threading.Event()
+    loop, loads = asyncio.get_running_loop(), itertools.count(1)
+
+    def before_load(_):
+        if next(loads) == number:
+            loop.call_soon_threadsafe(come.set)
+            assert go.wait(20)
+
+    async with opened(root, before_load, **options) as repository:
+        loading = asyncio.create_task(repository.load_all())
+        await asyncio.wait_for(come.wait(), 20)
+
+        async def end():
+            go.set()
+            await loading
+
+        try:
+            yield repository, end
+        finally:
+            await end()
+
+
+async def test_while_others_are_loaded_a_name_is_needed(root):
+    async with stopped_at(root, 2) as (repository, _):  # grey is served, other is not
+        assert repository.get("grey").number == 10
+        with pytest.raises(ModelNotReadyError):
+            repository.get("")
+        with pytest.raises(ModelNotReadyError):
+            repository.get("nope")
+
+
+@pytest.mark.parametrize("routing", [Routing("all", {10: 1.0}), Routing("10", shadow=1)])
+async def test_a_model_answers_when_all_that_its_routing_needs_is_there(root, routing):
+    async with stopped_at(root, 2, routings={"grey": routing}) as (repository, end):
+        assert [number for _, number in served(repository)] == [1]
+        with pytest.raises(ModelNotReadyError):
+            repository.get("grey")
+        await end()
+
+        assert repository.get("grey").number == 10
+
+
+async def test_a_shadow_that_is_left_alone_does_not_answer(root):
+    async with opened(root, routings={"grey": Routing("10", shadow=1)}) as repository:
+        await repository.load_all()
+        await repository.unload("grey", 10)
+        with pytest.raises(NotFoundError, match="shadow"):
+            repository.get("grey")
+
+        assert repository.default("grey") is None
+        assert repository.get("grey", 1).number == 1
+
+
+async def test_what_was_out_of_reach_is_tried_again_although_nothing_changed(root, monkeypatch):
+    async with opened(root) as repository:
+        await repository.load_all()
+        toys.write_version(root, "grey", 11)
+
+        def lost(*_):
+            raise OutOfReachError("the network is down")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalSource, "fetch", lost)
+            await repository.poll()
+        assert [number for _, number, _ in repository.failures()] == [11]
+        await repository.poll()
+
+        assert served(repository) == [("grey", 11), ("other", 1)]
+        assert not list(repository.failures())
+
+
+async def test_a_failed_version_that_is_gone_is_no_failure_any_more(root):
+    async with opened(root) as repository:
+        await repository.load_all()
+        paths = [toys.write_version(root, name, 11, canary_shift=0.5) for name in ("grey", "new")]
+        await repository.poll()
+        assert [(name, number) for name, number, _ in repository.failures()] == [("grey", 11), ("new", 11)]
+        for path in paths:
+            shutil.rmtree(path)
+        await repository.poll()
+
+        assert not list(repository.failures())
+
+
+async def test_settings_of_what_is_not_there_are_told(root):
+    routings = {"grey": Routing(traffic={1: 1.0, 8: 1.0}, shadow=9), "gray": Routing()}
+    with structlog.testing.capture_logs() as lines:
+        async with opened(root, routings=routings) as repository:
+            await repository.load_all()
+
+    told = [line for line in lines if line["event"].startswith("settings name")]
+    assert [(line["model"], line.get("versions")) for line in told] == [("grey", [8, 9]), ("gray", None)]
 
 
 async def test_a_routing_may_keep_several_versions(root):

@@ -1,5 +1,7 @@
 """Where settings come from, which source wins, and that a wrong one says which it is."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,6 +59,13 @@ def test_settings_do_not_change_after_the_start():
         ({"max_message_bytes": 600 * MIB}, "max_message_bytes"),
         ({"port": "eighty"}, "eighty"),
         ({"no_such_setting": 1}, "no_such_setting"),
+        ({"max_connection_age_s": math.inf}, "max_connection_age_s"),
+        ({"drain_delay_s": math.nan}, "drain_delay_s"),
+        ({"drain_timeout_s": 3e6}, "drain_timeout_s"),
+        ({"cpu_batch_ms": math.inf}, "cpu_batch_ms"),
+        ({"max_calls_per_connection": 5_000_000_000}, "max_calls_per_connection"),
+        ({"providers": None}, "providers"),
+        ({"models": 3}, "models"),
     ],
 )
 def test_a_wrong_value_names_its_setting_in_one_line(flags, words):
@@ -84,6 +93,26 @@ def test_every_fault_is_named_at_once():
 def test_a_file_that_cannot_be_used_is_named(file, text, words):
     with pytest.raises(ConfigurationError, match=words):
         load(file(text))
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ("versions: frist", "version policy"),
+        ("traffic: {1: .inf, 2: 1}", "finite sum"),
+        ("traffic: {1: 0}", "above 0"),
+        ("providers: {cpu: 1}", "providers"),
+    ],
+)
+def test_a_model_s_wrong_settings_are_named(file, own, words):
+    with pytest.raises(ConfigurationError, match=rf"model_settings\.pets.*{words}"):
+        load(file(f"model_settings: {{pets: {{{own}}}}}"))
+
+
+def test_a_single_version_and_a_single_provider_need_no_quotes(file):
+    own = load(file("model_settings: {pets: {versions: 3, providers: 'cuda, cpu'}}")).model_settings["pets"]
+
+    assert (own.versions, own.providers) == ("3", ("cuda", "cpu"))
 
 
 def test_an_empty_file_is_no_fault(file):

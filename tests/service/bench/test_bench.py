@@ -82,6 +82,9 @@ def test_open_loop_with_made_up_images(server):
         (["--synthetic", "8x8", "--rate", "inf"], "above 0"),
         (["--synthetic", "8x8", "--concurrency", "1.5"], "whole numbers"),
         (["--synthetic", "8x8", "--plot", "sweep.png"], ".svg"),
+        (["--synthetic", "8x8", "--plot", "/nowhere/sweep.svg"], "cannot be written"),
+        (["--synthetic", "8x8", "--json", "/nowhere/figures.json"], "cannot be written"),
+        (["--synthetic", "99999x99999"], "64,000,000 pixels"),
     ],
 )
 def test_wrong_flags_are_explained(arguments, words):

@@ -267,6 +267,14 @@ async def test_a_full_house_is_unavailable_at_once_and_says_when_to_come_back(tm
         assert len((await stand.stub.Classify(request(*[0] * 6))).results) == 6
 
 
+async def test_an_answer_may_be_larger_than_a_request(tmp_path):
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}, max_message_bytes=4096) as stand:
+        reply = await stand.stub.Classify(request(7, 8, top_k=256))
+
+    assert reply.ByteSize() > 4096
+    assert [len(result.classification.classes) for result in reply.results] == [256, 256]
+
+
 async def test_a_full_house_refuses_calls_before_their_message_is_there(tmp_path):
     async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}, max_images=8, max_pending=8) as stand:
         stand.engines["grey"].pause()

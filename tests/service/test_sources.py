@@ -1,0 +1,83 @@
+"""Versions in a place that is mirrored. A `file://` URL takes the way of a bucket's."""
+
+import shutil
+
+import pytest
+import toys
+
+from service import artifact
+from service.errors import ArtifactError, OutOfReachError
+from service.sources import RemoteSource
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    toys.write_version(tmp_path / "bucket", "grey", 1)
+    return tmp_path / "bucket"
+
+
+@pytest.fixture
+def source(bucket, tmp_path):
+    return RemoteSource(f"file://{bucket}", tmp_path / "cache")
+
+
+def test_a_version_is_copied_once(source, bucket, monkeypatch):
+    first = source.fetch("grey", 1)
+    monkeypatch.setattr(source, "_download", pytest.fail)
+
+    assert source.fetch("grey", 1) == first
+    assert artifact.load(first).manifest == artifact.load(bucket / "grey" / "1").manifest
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"rot"), lambda path: path.unlink()])
+def test_a_damaged_copy_is_fetched_again(source, harm):
+    harm(source.fetch("grey", 1) / artifact.MODEL)
+
+    assert artifact.load(source.fetch("grey", 1))
+
+
+def test_an_upload_under_way_is_half_copied_and_looks_different_when_it_goes_on(source, bucket, tmp_path):
+    whole = toys.write_version(tmp_path / "elsewhere", "grey", 2)
+    target = bucket / "grey" / "2"
+    target.mkdir()
+    shutil.copy(whole / artifact.MANIFEST, target)
+    before = source.fingerprint("grey", 2)
+    with pytest.raises(ArtifactError, match="half-copied") as caught:
+        source.fetch("grey", 2)
+    shutil.copytree(whole, target, dirs_exist_ok=True)
+
+    assert not isinstance(caught.value, OutOfReachError)
+    assert before
+    assert source.fingerprint("grey", 2) != before
+    assert artifact.load(source.fetch("grey", 2))
+
+
+def test_a_place_out_of_reach_is_told_apart_and_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    def lost(*_):
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(source, "_download", lost)
+    with pytest.raises(OutOfReachError, match="reset by peer"):
+        source.fetch("grey", 1)
+
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_version_that_is_gone_has_no_fingerprint(source):
+    assert source.fingerprint("grey", 7) == ()
+
+
+def test_what_is_hidden_or_written_otherwise_is_no_version(source, bucket):
+    for other in ("grey/04", "grey/0", "grey/x", ".trash/3"):
+        shutil.copytree(bucket / "grey" / "1", bucket / other)
+
+    assert source.models() == {"grey": [1]}
+
+
+def test_copies_of_what_is_neither_present_nor_served_go(source, bucket):
+    for number in (2, 3):
+        toys.write_version(bucket, "grey", number)
+    one, two, three = (source.fetch("grey", number) for number in (1, 2, 3))
+    source.tidy({"grey": [3]}, {("grey", 2)})
+
+    assert [path.exists() for path in (one, two, three)] == [False, True, True]
