@@ -80,7 +80,7 @@ def train(
       convoy train digits --config digits-lenet --name digits --repository models
     """
     require_extra()
-    from training.config import find_experiment, load_experiment
+    from training.config import find_experiment, load_experiment, read_yaml
     from training.display import console_of_process
     from training.distributed import restarted
     from training.folders import begun_run, latest_run, name_for, settings_of
@@ -89,11 +89,11 @@ def train(
     from training.run import run, search_learning_rate
 
     overrides = overrides_of(flags, assignments)
-    if config is None:
-        overrides.setdefault("name", name_for(data))
     file = find_experiment(config) if config else None
+    if file is None or "name" not in read_yaml(file):
+        overrides.setdefault("name", name_for(data))
     experiment = load_experiment(file, overrides)
-    folder = latest_run(runs / experiment.name) if resume else None
+    folder = latest_run(runs / experiment.name, LAST) if resume else None
     if (resume_if_any or restarted()) and not resume:
         folder = begun_run(runs / experiment.name, LAST)
     if folder:

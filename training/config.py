@@ -6,7 +6,8 @@ defaults are the recipe for small images (`training/experiments/digits-lenet.yam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -136,10 +137,10 @@ class LoopConfig(Section):
     `batch_size`: images per step, over all processes; `accumulate`: in so many pieces per process, to save memory.
     `ema_decay`: of the averaged weights; 0 keeps none. `balance`: against classes of different size, weigh the loss or
     draw rare classes more often. `precision`: `auto` measures whether bfloat16 is worth it. `deterministic`: refuse
-    operations that are not repeatable. `patience`: stop after so many epochs without a better one. `stuck_epochs`: stop
-    with advice after so many epochs in a row whose loss is that of guessing; 0 never. `checkpoint_steps`: write
-    `last.pt` also within epochs, every so many steps. `threads`: of PyTorch's operators; None: one for small
-    steps, else all.
+    operations that are not repeatable. `patience`: stop after so many epochs of the last phase without a better one.
+    `stuck_epochs`: stop with advice after so many epochs in a row whose loss is that of guessing; 0 never.
+    `checkpoint_steps`: write `last.pt` also within epochs, every so many steps. `threads`: of PyTorch's operators;
+    None: one for small steps, else all.
     """
 
     epochs: Count = 30
@@ -254,12 +255,31 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ConfigurationError: the file cannot be read, or is no YAML mapping.
     """
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  # a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{file} cannot be read as an experiment file: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigurationError(f"{file} is no experiment file: it has to hold sections such as `loop:` and `data:`")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its two traps: a key that occurs twice is an error, and 1e-3 a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As the base class, which lets the last one win."""
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} occurs twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

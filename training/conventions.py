@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from service.artifact import InputSpec, Resize, Weights
 from service.errors import ConfigurationError
@@ -143,8 +144,13 @@ def input_spec(request: Request, height: int, width: int, channels: Literal[1, 3
     side = None if mode == "stretch" else request.shorter_side or round(longest / (share or 1))
     if side is not None and side < longest:
         raise ConfigurationError(f"--shorter-side {side} is smaller than the input of {height}x{width}")
-    resize = Resize(mode=mode, shorter_side=side, interpolation=request.interpolation)
-    return InputSpec(height=height, width=width, channels=channels, resize=resize)
+    try:
+        resize = Resize(mode=mode, shorter_side=side, interpolation=request.interpolation)
+        return InputSpec(height=height, width=width, channels=channels, resize=resize)
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"an input of {height}x{width} with a shorter side of {side} cannot be: {error.errors()[0]['msg']}"
+        ) from None
 
 
 def _preset(request: Request) -> Preset:

@@ -8,8 +8,8 @@ from training.listing import SPLIT_NAMES, UNDECIDED
 from training.read import Dataset, Fault
 
 
-def find_duplicates(dataset: Dataset) -> list[Fault]:
-    """Files to set aside so that every content is there once, in the listing's order.
+def find_duplicates(dataset: Dataset) -> dict[int, Fault]:
+    """Rows to set aside so that every content is there once, in the listing's order.
 
     Under different labels nobody knows which is right: all copies go. Between given parts the copy that tests stays,
     then the one that validates. Otherwise the first one stays.
@@ -20,7 +20,7 @@ def find_duplicates(dataset: Dataset) -> list[Fault]:
     repeated = np.flatnonzero(counts[group] > 1)
     groups = _groups(rows[repeated], group[repeated])
     faults = dict(found for members in groups for found in _judge(dataset, members))
-    return [faults[row] for row in sorted(faults)]
+    return {row: faults[row] for row in sorted(faults)}
 
 
 def _groups(rows: np.ndarray, group: np.ndarray) -> list[list[int]]:
@@ -42,6 +42,8 @@ def _judge(dataset: Dataset, rows: list[int]) -> list[tuple[int, Fault]]:
 
 def _copy(dataset: Dataset, row: int, kept: int) -> Fault:
     listing = dataset.listing
+    if listing.paths[row] == listing.paths[kept]:
+        return Fault(listing.paths[row], "duplicate", "listed more than once")
     mine, other = int(listing.splits[row]), int(listing.splits[kept])
     if mine == other or UNDECIDED in (mine, other):
         return Fault(listing.paths[row], "duplicate", f"the same bytes as {listing.paths[kept]}")

@@ -82,16 +82,18 @@ def new_run(parent: Path, experiment: Experiment) -> Path:
     return folder
 
 
-def latest_run(parent: Path) -> Path:
-    """The newest run, to go on with.
+def latest_run(parent: Path, checkpoint: str) -> Path:
+    """The newest run to go on with: the newest that has written a checkpoint.
 
     Raises:
         ConfigurationError: there is none.
     """
-    numbers = _numbers(parent) if parent.is_dir() else []
-    if not numbers:
-        raise ConfigurationError(f"{parent} holds no run to resume; start one without --resume")
-    return parent / str(max(numbers))
+    folder = begun_run(parent, checkpoint)
+    if folder is None:
+        raise ConfigurationError(
+            f"{parent} holds no run to resume: none has written {checkpoint}; start one without --resume"
+        )
+    return folder
 
 
 def begun_run(parent: Path, checkpoint: str) -> Path | None:

@@ -60,6 +60,8 @@ def import_version(request: Request, repository: Path) -> Path:
     if answers.shape[1] != len(classes):
         raise ArtifactError(_miscounted(request.labels, len(classes), answers.shape[1]))
     scores = request.scores or guess_scores(answers)
+    if scores == "probabilities" and not _within_bounds(answers):
+        raise ConfigurationError("some scores lie below 0 or above 1: they are no probabilities; say --scores logits")
     adapt.free_batch(original, image)
     serialised = adapt.wrap(original, image, output, rule, scores, len(classes)).SerializeToString(deterministic=True)
     check_size(len(serialised))
@@ -104,7 +106,14 @@ def read_labels(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path} has an empty line at {lines.index('') + 1}; every line is the name of a class")
     if len(lines) < 2:  # noqa: PLR2004  a classifier tells at least two things apart
         raise DataError(f"{path} has {len(lines)} lines; a classifier needs two classes, one per line")
-    return tuple(f"{name} ({i})" if lines.count(name) > 1 else name for i, name in enumerate(lines))
+    names = tuple(f"{name} ({i})" if lines.count(name) > 1 else name for i, name in enumerate(lines))
+    if len(set(names)) < len(names):
+        raise DataError(f"{path} has names that occur again, and already has what would tell them apart; rename them")
+    return names
+
+
+def _within_bounds(answers: NDArray[np.float32]) -> bool:
+    return not (answers.min() < -_SUM_TOLERANCE or answers.max() > 1 + _SUM_TOLERANCE)
 
 
 def guess_scores(answers: NDArray[np.float32]) -> Scores:
@@ -113,7 +122,7 @@ def guess_scores(answers: NDArray[np.float32]) -> Scores:
     Raises:
         ConfigurationError: they are neither that nor plainly logits.
     """
-    if answers.min() < -_SUM_TOLERANCE or answers.max() > 1 + _SUM_TOLERANCE:
+    if not _within_bounds(answers):
         return "logits"
     if np.abs(answers.sum(axis=1) - 1).max() <= _SUM_TOLERANCE:
         return "probabilities"

@@ -235,8 +235,9 @@ class Trainer:
         return True
 
     def _out_of_patience(self) -> bool:
-        patience = self._loop.patience
-        return patience is not None and self.progress.epoch - self.progress.best_epoch >= patience
+        """Only in the last phase, and by its epochs: the earlier ones are short, and what they train is not all."""
+        patience, last, progress = self._loop.patience, max(self._starts), self.progress
+        return patience is not None and progress.epoch - max(progress.best_epoch, last) >= patience
 
     def _save(self, name: str) -> None:
         if self._group.main:

@@ -42,7 +42,12 @@ _FLAGS: tuple[tuple[str, str, click.ParamType[Any] | None, str], ...] = (
     ("--label-smoothing", "loop.label_smoothing", _FRACTION, "Default 0."),
     ("--ema-decay", "loop.ema_decay", _FRACTION, "Of the averaged weights (default 0.99); 0: no average."),
     ("--balance", "loop.balance", click.Choice(["none", "weights", "sampler"]), "Against classes of unequal size."),
-    ("--patience", "loop.patience", _COUNT, "Stop after so many epochs without a better one."),
+    (
+        "--patience",
+        "loop.patience",
+        _COUNT,
+        "Stop after so many epochs without a better one, counted in the last phase.",
+    ),
     ("--rotation", "augment.rotation_degrees", click.FloatRange(0, 180), "Largest rotation (default 12 degrees)."),
     ("--translation", "augment.translation", click.FloatRange(0, 0.5), "Largest shift, of the side (default 0.1)."),
     ("--scale", "augment.scale", click.FloatRange(0, 1), "Largest change of size (default 0.1)."),

@@ -46,8 +46,9 @@ def prepare(
     spec = input_spec(experiment.input, entry, experiment.input.channels or count_channels(listing))
     smaller = train_spec(experiment.input, spec)
     dataset, faults = _read(experiment, listing, smaller or spec, cache_folder, display, group)
-    faults += find_duplicates(dataset)
-    dataset = dataset.without(faults)
+    duplicates = find_duplicates(dataset)
+    faults += duplicates.values()
+    dataset = dataset.without(duplicates)
     check_classes(dataset, faults)
     split = make_split(
         dataset.listing, dataset.usable, validation=config.validation, test=config.test, seed=config.split_seed

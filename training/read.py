@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 
 from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
+from service.image_header import read_header
 from service.preprocess import preprocess
 from training.listing import Listing
 
@@ -63,11 +63,9 @@ class Dataset:
         """Names in label order."""
         return self.listing.classes
 
-    def without(self, faults: Sequence[Fault]) -> Dataset:
-        """The same, with these files set aside too."""
-        lost = {fault.path for fault in faults}
-        kept = [row for row in self.usable if self.listing.paths[row] not in lost]
-        return replace(self, usable=np.asarray(kept, dtype=np.int64))
+    def without(self, rows: Collection[int]) -> Dataset:
+        """The same, with these rows set aside too; a table may list a file in several."""
+        return replace(self, usable=np.setdiff1d(self.usable, np.fromiter(rows, np.int64)))
 
     def digest(self) -> str:
         """SHA-256 over paths, labels and contents, in hexadecimal: two equal ones mean the same data set."""
@@ -165,13 +163,12 @@ def _read_into(
     try:
         data = file.read_bytes()
         preprocess(data, spec, out=out)
+        header = read_header(data)
     except OSError as error:
         return "unreadable", str(error.strerror or error)
     except InvalidImageError as error:
         return error.reason.value, str(error)
     digest[:] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), dtype=np.uint8)
-    if min_side_pixels > 1:
-        with Image.open(io.BytesIO(data)) as image:
-            if min(image.size) < min_side_pixels:
-                return "tiny", f"{image.width}x{image.height} pixels; the least is {min_side_pixels} on each side"
+    if min(header.width, header.height) < min_side_pixels:
+        return "tiny", f"{header.width}x{header.height} pixels; the least is {min_side_pixels} on each side"
     return None

@@ -108,7 +108,7 @@ def run(
         _introduce(display, experiment, source, data)
         folder = resume or group.from_main(lambda: new_run(runs / experiment.name, experiment))
         stopping.folder = folder
-        if group.main:
+        if group.main and not resume:
             with writing(folder):
                 data.write_reports(folder)
         stepper, report = build_stepper(experiment, entry, data, group)
@@ -159,6 +159,7 @@ def _export(experiment: Experiment, trained: Trained, repository: Path, display:
 def search_learning_rate(experiment: Experiment, source: Path, runs: Path, display: Display) -> float:
     """Sweeps the learning rate, writes the curve into a new run's folder, and says what it suggests."""
     entry, group = describe(experiment.model.name), Group()
+    check_apart(source, {"--runs": runs})
     data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
     folder = new_run(runs / experiment.name, experiment)
     stepper, _ = build_stepper(experiment, entry, data, group)
@@ -215,6 +216,11 @@ def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, di
     finally:
         if journal:
             journal.close()
+    if trainer.progress.epoch < trainer.epochs:
+        display.say(
+            f"Stopped early after epoch {trainer.progress.epoch} of {trainer.epochs}: none of the last "
+            f"{experiment.loop.patience} was better than epoch {trainer.progress.best_epoch}"
+        )
 
 
 @contextmanager

@@ -244,7 +244,7 @@ def _classes(
 def _class_names(source: Path) -> list[str]:
     """The lines of `classes.txt` beside the shards, if there is one: names of labels that are numbers."""
     file = (source if source.is_dir() else source.parent) / _NAMES
-    return file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.is_file() else []
 
 
 def _key(urls: Sequence[str], spec: InputSpec, shares: Mapping[int, float], seed: int) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import fsspec
 import numpy as np
@@ -101,10 +101,34 @@ def read_shard(url: str) -> Iterator[Sample]:
         DataError: the shard cannot be opened or read.
     """
     try:
-        with fsspec.open(url, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-            yield from _samples(archive)
+        with fsspec.open(url, "rb") as stream:
+            tail = _Tail(stream)
+            with tarfile.open(fileobj=cast("IO[bytes]", tail), mode="r|") as archive:
+                yield from _samples(archive)
+            if not tail.ends_as_an_archive():
+                raise tarfile.ReadError("it is cut short; copy it again")
     except (OSError, tarfile.TarError, ValueError, ImportError) as error:
         raise DataError(f"shard {url} cannot be read: {error}") from error
+
+
+class _Tail:
+    """A stream that knows how it ended: tarfile takes an archive that is cut between two files for a whole one."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._last = b""
+
+    def read(self, size: int) -> bytes:
+        """As the stream's own."""
+        content: bytes = self._stream.read(size)
+        self._last = (self._last + content)[-tarfile.BLOCKSIZE :]
+        return content
+
+    def ends_as_an_archive(self) -> bool:
+        """Reads the rest; whether it ends with a block of zeros, as the format wants it."""
+        while self.read(tarfile.RECORDSIZE):
+            pass
+        return self._last == bytes(tarfile.BLOCKSIZE)
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[Sample]:

@@ -23,7 +23,7 @@ from training.assemble import build_stepper, build_trainer
 from training.config import Experiment
 from training.display import Display
 from training.distributed import Group
-from training.folders import check_writable
+from training.folders import check_apart, check_writable
 from training.interrupt import Interruption, held_back
 from training.models import describe
 from training.prepare import input_spec, prepare
@@ -84,6 +84,7 @@ def tune(job: Tuning, display: Display) -> Outcome:
     began = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigurationError("tuning is not started by torchrun; start `convoy tune` several times instead")
+    check_apart(job.source, {"--runs": job.runs})
     if not re.fullmatch(NAME_PATTERN, job.study):
         raise ConfigurationError(f"study {job.study!r} may hold letters, digits and ._- only; choose another --study")
     space = dict(job.config.space) or default_space(job.experiment)

@@ -89,12 +89,23 @@ def test_wrong_flags_are_usage_errors(digit_folder, arguments, message):
         (["--set", "loop.epohcs=3"], r"loop\.epohcs is not a setting"),
         (["--config", "no-such"], "digits-lenet"),
         (["--resume"], "no run to resume"),
+        (["--find-lr", "--runs", "{data}/runs"], "among the images"),
     ],
 )
 def test_wrong_settings_are_configuration_errors(digit_folder, tmp_path, arguments, message):
+    arguments = [argument.format(data=digit_folder) for argument in arguments]
     result = CliRunner().invoke(train, [str(digit_folder), "--runs", str(tmp_path), *arguments])
     assert isinstance(result.exception, ConfigurationError)
     assert re.search(message, str(result.exception))
+
+
+def test_without_a_name_the_model_is_called_as_its_images(digit_folder, tmp_path):
+    file = tmp_path / "experiment.yaml"
+    for text, name in (("loop: {epochs: 1}", digit_folder.name), ("name: mine", "mine")):
+        file.write_text(text)
+        arguments = ["--runs", str(tmp_path), "--config", str(file), "--resume"]
+        result = CliRunner().invoke(train, [str(digit_folder), *arguments])
+        assert f"{tmp_path / name} holds no run" in str(result.exception)
 
 
 def test_only_given_flags_override():

@@ -1,7 +1,7 @@
 import pytest
 
 from service.errors import ConfigurationError
-from training.config import Experiment, find_experiment, load_experiment
+from training.config import Experiment, find_experiment, load_experiment, read_yaml
 from training.models import describe
 from training.transfer import plan
 
@@ -37,6 +37,7 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path):
         ("export: {opset: 17}", r"export\.opset is not a setting"),
         ("input: {train_size: 0}", r"input\.train_size = 0"),
         ("loop: [1, 2", "cannot be read"),
+        ("loop: {epochs: 1}\nname: x\nloop: {seed: 2}", "loop occurs twice"),
         ("loop: 3", "loop = 3"),
     ],
 )
@@ -46,6 +47,14 @@ def test_says_which_setting_is_wrong_and_where(tmp_path, text, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         load_experiment(file, {})
     assert str(file) in str(error.value)
+
+
+def test_numbers_may_have_an_exponent(tmp_path):
+    """To YAML 1.1, 1e-3 without a point is text."""
+    file = tmp_path / "experiment.yaml"
+    file.write_text("a: [1e-3, 2E+2, -1.5e0, .5e1]\nb: 1e-3x\n")
+
+    assert read_yaml(file) == {"a": [0.001, 200.0, -1.5, 5.0], "b": "1e-3x"}
 
 
 def test_an_override_below_a_value_is_refused(tmp_path):

@@ -11,7 +11,10 @@ def test_runs_are_numbered_and_never_overwritten(tmp_path):
     folders = [new_run(tmp_path / "digits", Experiment()) for _ in range(3)]
     assert [folder.name for folder in folders] == ["1", "2", "3"]
     (tmp_path / "digits" / "cache").mkdir()
-    assert latest_run(tmp_path / "digits") == folders[2]
+    with pytest.raises(ConfigurationError, match=r"none has written last\.pt"):
+        latest_run(tmp_path / "digits", "last.pt")
+    (folders[1] / "last.pt").write_bytes(b"")  # the third is that of a failed start
+    assert latest_run(tmp_path / "digits", "last.pt") == folders[1]
 
 
 def test_settings_come_back_and_contradictions_are_refused(tmp_path):
@@ -43,7 +46,7 @@ def test_the_export_of_a_resumed_run_may_be_another(tmp_path):
 
 def test_nothing_to_resume_is_said_so(tmp_path):
     with pytest.raises(ConfigurationError, match="no run to resume"):
-        latest_run(tmp_path / "digits")
+        latest_run(tmp_path / "digits", "last.pt")
 
 
 def test_the_newest_run_with_a_checkpoint_has_begun(tmp_path):

@@ -385,6 +385,8 @@ def test_given_canary_images_go_into_the_version(tmp_path, request_for, reposito
         ({"size": (25, 32)}, "contradicts"),
         ({"output": "nothing"}, "has no output nothing"),
         ({"name": "a/b"}, "letters, digits"),
+        ({"resize": "crop", "shorter_side": 100_000}, "shorter side of 100000 cannot be"),
+        ({"scores": "probabilities"}, "are no probabilities; say --scores logits"),
     ],
 )
 def test_choices_that_cannot_be_are_refused(tmp_path, request_for, repository, changes, message):
@@ -481,7 +483,13 @@ def test_labels_are_counted_against_the_graph(tmp_path, request_for, repository,
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a\n\nb", "empty line at 2"), ("a\n", "has 1 lines"), ("", "has 0 lines")]
+    ("text", "message"),
+    [
+        ("a\n\nb", "empty line at 2"),
+        ("a\n", "has 1 lines"),
+        ("", "has 0 lines"),
+        ("a\na\na (0)\n", "rename them"),
+    ],
 )
 def test_labels_that_are_no_list_of_classes_are_refused(tmp_path, text, message):
     path = tmp_path / "labels.txt"

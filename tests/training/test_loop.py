@@ -12,6 +12,7 @@ from training.config import Experiment
 from training.distributed import Group
 from training.loop import BEST, LAST, StoppedError
 from training.models import describe
+from training.phases import Phase
 from training.transfer import plan
 
 SMALL = {"model": {"name": "lenet5", "options": {"dropout": 0.2}}, "loop": {"epochs": 3, "precision": "float32"}}
@@ -135,6 +136,17 @@ def test_stops_early_when_nothing_gets_better(digit_data, tmp_path):
     )
     trainer.fit(Notes())
     assert trainer.progress.epoch == trainer.progress.best_epoch + 2 < 30
+
+
+def test_only_the_last_phase_is_stopped_early_and_by_its_own_epochs(digit_data, tmp_path):
+    loop = {"epochs": 30, "patience": 2, "ema_decay": 0, "precision": "float32", "stuck_epochs": 0}
+    experiment = Experiment.model_validate(merged(SMALL, {"optimiser": {"learning_rate": 1e-12}, "loop": loop}))
+    stepper, _ = build_stepper(experiment, describe("lenet5"), digit_data, Group())
+    phases = (Phase("first", 6), Phase("all", 24))
+    trainer = build_trainer(experiment, digit_data, stepper, phases, tmp_path, Group())
+    trainer.fit(Notes())
+
+    assert trainer.progress.epoch == max(trainer.progress.best_epoch, 6) + 2
 
 
 def test_writes_checkpoints_within_epochs(digit_data, tmp_path):

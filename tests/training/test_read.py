@@ -52,6 +52,20 @@ def test_faulty_files_are_reported_by_path_and_left_out(tmp_path):
     assert np.bincount(dataset.labels[dataset.usable]).tolist() == [4, 4]
 
 
+@pytest.mark.parametrize("segment", [b"\xff\xee\x00\x07Adobe", b"\xff\xe0\x00\x07JFIF\x00"])
+def test_a_file_that_pillow_refuses_and_the_service_reads_is_used(tmp_path, segment):
+    for label in "ab":
+        save(tmp_path / label / "0.jpg", 0)
+    odd = tmp_path / "a" / "0.jpg"
+    odd.write_bytes(odd.read_bytes()[:2] + segment + odd.read_bytes()[2:])
+    with pytest.raises(OSError, match="cannot identify"):
+        Image.open(odd)
+    dataset, faults = read_images(list_images(tmp_path), SPEC, min_side_pixels=4)
+
+    assert not faults
+    np.testing.assert_array_equal(dataset.images[0], dataset.images[1])
+
+
 def test_a_class_without_a_usable_file_stops_with_an_example(tmp_path):
     save(tmp_path / "a" / "1.png", 1)
     (tmp_path / "b").mkdir()

@@ -1,6 +1,7 @@
 import csv
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import torch
 from rich.console import Console
 
 from service import artifact
-from service.errors import ConfigurationError, DataError
+from service.errors import ConfigurationError, DataError, TrainingError
 from training import checkpoint
 from training.calibrate import calibration
 from training.config import Experiment
 from training.display import Display
 from training.folders import latest_run
 from training.interrupt import InterruptedRunError
+from training.loop import LAST
 from training.models import WeightsMismatchError, create
 from training.run import run, search_learning_rate
 
@@ -107,7 +109,7 @@ def test_leaves_logs_split_and_settings(finished):
     held_out = {row["path"] for row in rows if row["split"] == "test"}
     assert held_out == {f"{file.parent.name}/{file.name}" for file in result.holdout}
     assert (result.folder / "left-out.csv").read_text() == "path,reason,message\n"
-    assert latest_run(result.folder.parent) == result.folder
+    assert latest_run(result.folder.parent, LAST) == result.folder
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 1)])
@@ -120,7 +122,7 @@ def test_a_killed_run_resumes_to_identical_weights(finished, digit_folder, tmp_p
         [sys.executable, "-c", KILLED, *arguments], env=environment, capture_output=True, timeout=100, check=False
     )
     assert done.returncode == code, done.stderr
-    folder = latest_run(tmp_path / "runs" / "digits")
+    folder = latest_run(tmp_path / "runs" / "digits", LAST)
     expected_step = {"SIGKILL": 8, "SIGTERM": 10}[name]  # the last whole epoch, or the step of the signal
     assert checkpoint.load(folder / "last.pt")["progress"]["step"] == expected_step
     result = run(experiment, digit_folder, tmp_path / "models", tmp_path / "runs", display(), resume=folder)
@@ -128,6 +130,18 @@ def test_a_killed_run_resumes_to_identical_weights(finished, digit_folder, tmp_p
     assert identical(weights(whole.folder), weights(result.folder))
     assert identical(weights(whole.folder, "best.pt"), weights(result.folder, "best.pt"))
     assert result.evaluation.accuracy == whole.evaluation.accuracy
+
+
+def test_a_refused_resume_leaves_the_record_of_what_was_held_out(finished, digit_folder, tmp_path):
+    result, _ = finished
+    shutil.copytree(result.folder, tmp_path / "1")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(digit_folder, fewer)
+    next(fewer.rglob("*.png")).unlink()
+    with pytest.raises(TrainingError, match="another data"):
+        run(Experiment.model_validate(TREE), fewer, tmp_path / "models", tmp_path, display(), resume=tmp_path / "1")
+
+    assert (tmp_path / "1" / "split.csv").read_bytes() == (result.folder / "split.csv").read_bytes()
 
 
 def test_a_resumed_run_keeps_the_precision_that_was_measured_at_its_beginning(digit_folder, tmp_path):
@@ -232,7 +246,7 @@ def test_trained_small_it_is_judged_and_served_at_the_input_size_and_resumes_to_
     arguments = (experiment, digit_folder, tmp_path / "models", tmp_path / "parts")
     with pytest.raises(InterruptedRunError) as stopped:
         run(*arguments, Interrupting(6, signal.SIGINT))  # in the middle of the second epoch
-    assert stopped.value.folder == latest_run(tmp_path / "parts" / "digits")
+    assert stopped.value.folder == latest_run(tmp_path / "parts" / "digits", LAST)
     resumed = run(*arguments, display(), resume=stopped.value.folder)
     assert identical(weights(whole.folder), weights(resumed.folder))
     assert resumed.evaluation.loss == whole.evaluation.loss

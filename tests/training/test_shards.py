@@ -154,8 +154,9 @@ def test_faults_and_leaks_are_set_aside(shards, tmp_path):
     assert preprocess(png(7), SPEC).tobytes() not in seen(source_of(found.shards).batches(0, 0))
 
 
-def test_names_of_number_labels_come_from_a_file(shards, tmp_path):
-    (shards / "classes.txt").write_text("zebra\nape\ncat\nunused\n")
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_names_of_number_labels_come_from_a_file(shards, end, tmp_path):
+    (shards / "classes.txt").write_text(f"zebra\nape\ncat\nunused{end}")
     found = scanned(shards, tmp_path)
     assert found.held_out.classes == ("zebra", "ape", "cat", "unused")
     (shards / "classes.txt").write_text("zebra\nape\n")
@@ -215,3 +216,13 @@ def test_a_whole_run_from_shards(shards, tmp_path):
     sampled = Experiment.model_validate({**tree, "loop": {"balance": "sampler"}})
     with pytest.raises(ConfigurationError, match="cannot be sampled"):
         run(sampled, shards, tmp_path / "models", tmp_path / "runs", shown)
+
+
+def test_a_shard_that_is_cut_between_two_files_is_no_whole_one(shards):
+    shard = shards / "train-001.tar"
+    with tarfile.open(shard) as archive:
+        cut = archive.getmembers()[30].offset
+    shard.write_bytes(shard.read_bytes()[:cut])
+
+    with pytest.raises(DataError, match=r"train-001\.tar cannot be read: it is cut short"):
+        list(read_shard(str(shard)))
