@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from training.display import Display
+from training.study import effective
 from training.tune_config import TuneConfig
 
 _BEST_ROWS = 5
@@ -47,9 +48,13 @@ class TrialView:
             self._live.stop()
             self._display.show(self._table())
 
-    def began(self, number: int, epochs: int) -> None:
-        """This process begins a trial of so many epochs."""
-        self._number, self._epochs, self._note = number, epochs, f"0/{epochs}"
+    def taken(self, number: int) -> None:
+        """This process has taken a trial; it may fail before it trains."""
+        self._number, self._note = number, ""
+
+    def began(self, epochs: int) -> None:
+        """The trial trains, for so many epochs."""
+        self._epochs, self._note = epochs, f"0/{epochs}"
         self._refresh()
 
     def epoch(self, epoch: int, value: float) -> None:
@@ -71,7 +76,7 @@ class TrialView:
             self._live.update(self._table(), refresh=True)
 
     def _table(self) -> Table:
-        trials = self._study.get_trials(deepcopy=False)
+        trials = effective(self._study.get_trials(deepcopy=False))
         best = best_of(trials, self._config.objective)
         keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
         table = Table(box=None, pad_edge=False, header_style="bold")

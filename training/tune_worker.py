@@ -93,6 +93,7 @@ class Worker:
         return True
 
     def _judge(self, trial: optuna.Trial, cut_short: list[int]) -> float:
+        self._view.taken(trial.number)
         try:
             return self._train(trial)
         except (StoppedError, KeyboardInterrupt):
@@ -132,7 +133,7 @@ class Worker:
         ):
             trainer = build_trainer(experiment, data, stepper, phases, Path(folder), Group())
             watcher = _Watcher(trial, self._config.objective, trainer, self._view)
-            self._view.began(trial.number, trainer.epochs)
+            self._view.began(trainer.epochs)
             trainer.fit(watcher, self._stop)
         return watcher.best_value()
 

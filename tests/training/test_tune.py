@@ -193,6 +193,19 @@ def test_a_failing_trial_is_marked_and_the_study_goes_on(digit_folder, tmp_path,
     assert outcome.tuned == {"optimiser.learning_rate": 0.004}
 
 
+def test_a_trial_that_fails_before_it_trains_is_told_with_its_reason(digit_folder, tmp_path):
+    space = {"model.name": {"choices": ["lenet5", "alexnet"]}, "loop.batch_size": {"choices": [16, 32, 64]}}
+    with (tmp_path / "said").open("w+") as stream:
+        tune(job(tmp_path, digit_folder, space=space, trials=4), Display(Console(file=stream, width=200)))
+        stream.seek(0)
+        said = [line for line in stream if line.startswith("trial ")]
+    trials = trials_of(f"sqlite:///{tmp_path / 'study.db'}")
+    assert [line.split(":")[0] for line in said] == [f"trial {number}" for number in range(4)]
+    assert any(trial.state == TrialState.FAIL for trial in trials)
+    for line, trial in zip(said, trials, strict=True):
+        assert ("too small for alexnet" in line) == (trial.params["model.name"] == "alexnet")
+
+
 def test_without_any_good_trial_it_says_why(digit_folder, tmp_path, display):
     space = {"optimiser.learning_rate": {"choices": [1e29, 1e30]}}
     with pytest.raises(TrainingError, match="none of 2 trials finished; the last failed with: the loss became"):
