@@ -344,7 +344,12 @@ def versions(model_dir: Path) -> list[int]:
     """Version numbers of a model's directory, ascending. Names that are no numbers (staging) are not versions."""
     if not model_dir.is_dir():
         return []
-    return sorted(int(p.name) for p in model_dir.iterdir() if re.fullmatch(r"[1-9]\d*", p.name) and p.is_dir())
+    return sorted(int(p.name) for p in model_dir.iterdir() if is_version(p.name) and p.is_dir())
+
+
+def is_version(name: str) -> bool:
+    """Whether a directory's name is a version number as everybody writes it: 4, and not 04."""
+    return re.fullmatch(r"[1-9][0-9]*", name) is not None
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:

@@ -60,7 +60,7 @@ class TlsFiles:
         return grpc.ssl_channel_credentials(ca, key, chain)
 
     def _check(self) -> None:
-        """GRPC would only say that nobody answers."""
+        """Raises what is wrong with the files; of that gRPC would only tell that nobody answers."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.ca)
         if self.certificate:

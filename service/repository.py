@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,15 +308,15 @@ class Repository:
         await asyncio.shield(task)
 
     def _find(self, name: str) -> _Model:
-        serving = [known for known, model in self._models.items() if model.served]
-        if not name and self._complete and len(serving) == 1:
-            name = serving[0]
+        if not name and self._complete:
+            serving = list(self.names())
+            name = serving[0] if len(serving) == 1 else name
         model = self._models.get(name)
         if model is not None and model.served and model.settled:
             return model
         if not self._complete or (model is not None and model.served):
             raise ModelNotReadyError("models are still being loaded", retry_after_ms=500)
-        known = ", ".join(sorted(serving)) or "none"
+        known = ", ".join(sorted(self.names())) or "none"
         raise NotFoundError(f"there is no model {name!r}; served are: {known}" if name else f"name the model: {known}")
 
     def _routed(self, model: _Model) -> ServedModel:
@@ -369,11 +370,8 @@ class Repository:
             needed = model.needed(present)
             try:
                 for number in needed:
-                    try:
+                    with suppress(*(() if strict else (ConvoyError,))):
                         await self._replace(name, number, force=force)
-                    except ConvoyError:
-                        if strict:
-                            raise
             finally:
                 model.settled = True
             if any(number in model.served for number in needed):

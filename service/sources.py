@@ -127,7 +127,7 @@ class RemoteSource:
         found: dict[str, list[int]] = {}
         for manifest in sorted(manifests):
             name, number = PurePosixPath(manifest).parts[-3:-1]
-            if not name.startswith(".") and _is_version(number):
+            if not name.startswith(".") and artifact.is_version(number):
                 found.setdefault(name, []).append(int(number))
         return {name: sorted(numbers) for name, numbers in found.items()}
 
@@ -169,7 +169,11 @@ class RemoteSource:
         """Removes what the mirror holds of them."""
         for copy in self._mirror.glob("*/*"):
             name, number = copy.parent.name, copy.name
-            if _is_version(number) and int(number) not in present.get(name, ()) and (name, int(number)) not in served:
+            if (
+                artifact.is_version(number)
+                and int(number) not in present.get(name, ())
+                and (name, int(number)) not in served
+            ):
                 shutil.rmtree(copy, ignore_errors=True)
 
     def _download(self, source: str, staging: Path, manifest: bytes) -> None:
@@ -177,11 +181,6 @@ class RemoteSource:
         for path in artifact.read_manifest(staging).files:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             self._filesystem.get_file(f"{source}/{path}", str(staging / path))
-
-
-def _is_version(text: str) -> bool:
-    """Whether a directory's name is a version number as everybody writes it: 4, and not 04."""
-    return text.isdecimal() and int(text) > 0 and str(int(text)) == text
 
 
 def _holds(target: Path, manifest: bytes) -> bool:

@@ -80,7 +80,7 @@ def train(
       convoy train digits --config digits-lenet --name digits --repository models
     """
     require_extra()
-    from training.config import find_experiment, load_experiment, read_yaml
+    from training.config import find_experiment, load_experiment
     from training.display import console_of_process
     from training.distributed import restarted
     from training.folders import begun_run, latest_run, name_for, settings_of
@@ -90,9 +90,7 @@ def train(
 
     overrides = overrides_of(flags, assignments)
     file = find_experiment(config) if config else None
-    if file is None or "name" not in read_yaml(file):
-        overrides.setdefault("name", name_for(data))
-    experiment = load_experiment(file, overrides)
+    experiment = load_experiment(file, overrides, name_for(data))
     folder = latest_run(runs / experiment.name, LAST) if resume else None
     if (resume_if_any or restarted()) and not resume:
         folder = begun_run(runs / experiment.name, LAST)

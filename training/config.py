@@ -6,8 +6,7 @@ defaults are the recipe for small images (`training/experiments/digits-lenet.yam
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.artifact import NAME_PATTERN
 from service.errors import ConfigurationError
+from training import strict_yaml
 
 _EXPERIMENTS = Path(__file__).with_name("experiments")
 
@@ -227,12 +227,13 @@ def find_experiment(name: str) -> Path:
     return ours
 
 
-def load_experiment(file: Path | None, overrides: Mapping[str, Any]) -> Experiment:
+def load_experiment(file: Path | None, overrides: Mapping[str, Any], name: str | None = None) -> Experiment:
     """Reads an experiment file and lays overrides over it.
 
     Args:
         file: YAML; None takes the defaults.
         overrides: values by dotted key, such as {"loop.epochs": 5}.
+        name: of the model where neither gives one.
 
     Raises:
         ConfigurationError: the file cannot be read, is no YAML mapping, or a value is unknown or out of its range.
@@ -241,6 +242,8 @@ def load_experiment(file: Path | None, overrides: Mapping[str, Any]) -> Experime
     tree.pop("tune", None)  # what `convoy tune` varies (training.search_space) is no part of a single run
     for key, value in overrides.items():
         _put(tree, key, value)
+    if name is not None:
+        tree.setdefault("name", name)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
@@ -255,31 +258,12 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ConfigurationError: the file cannot be read, or is no YAML mapping.
     """
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  # a safe one
+        tree = strict_yaml.parse(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{file} cannot be read as an experiment file: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigurationError(f"{file} is no experiment file: it has to hold sections such as `loop:` and `data:`")
     return tree
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its two traps: a key that occurs twice is an error, and 1e-3 a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As the base class, which lets the last one win."""
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} occurs twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

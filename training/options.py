@@ -110,10 +110,12 @@ def overrides_of(flags: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
 def _parse(assignment: str) -> tuple[str, Any]:
     import yaml
 
+    from training import strict_yaml
+
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise ConfigurationError(f"--set {assignment}: write KEY=VALUE, such as --set loop.epochs=5")
     try:
-        return key, yaml.safe_load(text)
+        return key, strict_yaml.parse(text)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"--set {assignment}: the value is no YAML") from error

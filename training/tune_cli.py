@@ -84,7 +84,7 @@ def tune(
       convoy tune photos --model resnet18 --print-space > space.yaml
     """
     require_extra()
-    from training.config import find_experiment, load_experiment, read_yaml
+    from training.config import find_experiment, load_experiment
     from training.display import console_of_process
     from training.folders import name_for
     from training.tune_config import load_tuning
@@ -92,9 +92,7 @@ def tune(
     search = _search_overrides(flags)
     overrides = overrides_of(flags, assignments)
     file = find_experiment(config) if config else None
-    if file is None or "name" not in read_yaml(file):
-        overrides.setdefault("name", name_for(data))
-    experiment, tuning = load_experiment(file, overrides), load_tuning(file, space, search)
+    experiment, tuning = load_experiment(file, overrides, name_for(data)), load_tuning(file, space, search)
     if print_space:
         click.echo(_space_text(experiment, tuning))
         return

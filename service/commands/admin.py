@@ -133,15 +133,9 @@ def route(model: str, versions: str, traffic: str | None, shadow: int | None, ad
 def _split(text: str | None) -> dict[int, float]:
     try:
         pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {_in_range(int(number)): float(weight) for number, weight in pairs}
-    except ValueError:
+        return {options.VERSION.convert(int(number), None, None): float(weight) for number, weight in pairs}
+    except (ValueError, click.BadParameter):
         raise ConfigurationError(f"--traffic {text}: write version=weight pairs, such as 1=90,2=10") from None
-
-
-def _in_range(number: int) -> int:
-    if number not in range(1, options.LARGEST_VERSION + 1):
-        raise ValueError(number)
-    return number
 
 
 def _routing_text(routing: pb.Routing) -> str:

@@ -14,8 +14,7 @@ from service.errors import ConfigurationError
 _file = click.Path(path_type=Path, dir_okay=False)
 
 # Numbers of the API that travel in fixed widths.
-LARGEST_VERSION = 2**63 - 1
-VERSION = click.IntRange(1, LARGEST_VERSION)
+VERSION = click.IntRange(1, 2**63 - 1)
 TOP_K = click.IntRange(1, 2**32 - 1)
 
 server = click.option(

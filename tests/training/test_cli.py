@@ -112,11 +112,15 @@ def test_only_given_flags_override():
     flags = dict.fromkeys(
         [parameter.name for parameter in train.params if parameter.name not in {"data", "assignments"}], None
     )
-    given = overrides_of({**flags, "epochs": 3, "horizontal_flip": False}, ["augment.fill=zeros", "loop.patience=4"])
+    given = overrides_of(
+        {**flags, "epochs": 3, "horizontal_flip": False},
+        ["augment.fill=zeros", "optimiser.learning_rate=1e-3", "loop.patience=4"],
+    )
     assert given == {
         "loop.epochs": 3,
         "augment.horizontal_flip": False,
         "augment.fill": "zeros",
+        "optimiser.learning_rate": 0.001,
         "loop.patience": 4,
     }
 

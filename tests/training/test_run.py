@@ -1,6 +1,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,17 @@ def test_a_killed_run_resumes_to_identical_weights(finished, digit_folder, tmp_p
     assert identical(weights(whole.folder), weights(result.folder))
     assert identical(weights(whole.folder, "best.pt"), weights(result.folder, "best.pt"))
     assert result.evaluation.accuracy == whole.evaluation.accuracy
+
+
+def test_a_run_that_is_stopped_early_says_so(digit_folder, tmp_path):
+    tree = {
+        **TREE,
+        "optimiser": {"learning_rate": 1e-12},
+        "loop": {**TREE["loop"], "patience": 1, "epochs": 9, "ema_decay": 0},
+    }
+    shown = display()
+    run(Experiment.model_validate(tree), digit_folder, tmp_path / "models", tmp_path / "runs", shown)
+    assert re.search(r"Stopped early after epoch \d of 9: none of the last 1 was better", shown.console.file.getvalue())
 
 
 def test_a_refused_resume_leaves_the_record_of_what_was_held_out(finished, digit_folder, tmp_path):
