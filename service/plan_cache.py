@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from service.artifact import ModelVersion
 from service.candidates import Machine, Wishes
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 class Row(BaseModel):

@@ -86,7 +86,8 @@ def cpu_plan(
 
     One thread for each batch and as many batches as CPUs (up to eight, which then get more threads each) answers more
     images per second than one batch on all CPUs: threads never wait for each other, and the decoders beside them take
-    CPUs away from one batch instead of stalling all of its threads.
+    CPUs away from one batch instead of stalling all of its threads. OpenVINO gets one batch more: its own threads
+    compute, and one of them would be idle while an answer leaves and the next batch arrives.
 
     Args:
         cpus: CPUs that the process may use.
@@ -95,13 +96,15 @@ def cpu_plan(
         intra_op_threads: threads for each batch; 0 chooses.
         precision: see `Plan`.
     """
+    spare = 1 if provider == OPENVINO else 0
     if executors and not intra_op_threads:
         intra_op_threads = max(1, cpus // executors)
     elif intra_op_threads and not executors:
-        executors = max(1, cpus // intra_op_threads)
+        executors = max(1, cpus // intra_op_threads) + spare
     elif not executors:
         executors = min(cpus, _MOST_CPU_EXECUTORS)
         intra_op_threads = max(1, cpus // executors)
+        executors += spare
     return Plan(provider, intra_op_threads, executors, precision)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from service import canary, engine, sessions
+from service import canary, engine, resources, sessions
 from service.artifact import ModelVersion
 from service.candidates import Candidate
 from service.engine import OrtEngine
@@ -89,7 +89,7 @@ def images_per_second(engines: Sequence[OrtEngine], images: Pixels) -> float:
     wall_s, process_s = time.perf_counter() - wall_began, time.process_time() - process_began
     if plan.provider in GPU_PROVIDERS:
         return sum(len(images) / share.batch_s for share in shares)
-    threads = plan.executors * plan.intra_op_threads
+    threads = min(plan.executors * plan.intra_op_threads, resources.cpu_count())
     # With one thread a batch is computed by its caller, whose own clock no other work in this process can advance.
     own = plan.provider == CPU and plan.intra_op_threads == 1
     cpu_s = sum(share.cpu_s for share in shares) if own else min(process_s, wall_s * threads)

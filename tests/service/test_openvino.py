@@ -66,7 +66,7 @@ def test_without_the_extra_it_says_what_to_install():
 
 def test_streams_answer_at_the_same_time_and_right(device, version):
     engines = engine.build(version, providers.cpu_plan(2, provider=OPENVINO, precision="f32"), 4)
-    assert [one.provider for one in engines] == [OPENVINO] * 2
+    assert [one.provider for one in engines] == [OPENVINO] * 3
     engine.warm_up(engines)
     levels = [0, 100, 200]
     for one in engines:
@@ -89,4 +89,5 @@ def test_it_takes_part_in_the_choice_of_a_model_that_takes_time(device, tmp_path
     table = Selector(machine(openvino="1.8.1"), tmp_path / "cache").table(version, Wishes(max_batch_size=4))[0]
     tried = {(row.provider, row.precision): row.outcome for row in table.rows}
     assert set(tried.values()) <= {"chosen", "slower", "skipped", "refused"}
+    assert tried[OPENVINO, "f32"] != "skipped"
     assert tried[OPENVINO, "bf16"] != "skipped"

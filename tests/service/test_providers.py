@@ -57,6 +57,11 @@ def test_little_is_wasted_on_a_cpu():
         (8, {"executors": 2}, (2, 4)),
         (2, {"executors": 4}, (4, 1)),
         (2, {"executors": 3, "intra_op_threads": 2}, (3, 2)),
+        (1, {"provider": OPENVINO}, (2, 1)),
+        (2, {"provider": OPENVINO}, (3, 1)),
+        (16, {"provider": OPENVINO}, (9, 2)),
+        (8, {"provider": OPENVINO, "intra_op_threads": 4}, (3, 4)),
+        (8, {"provider": OPENVINO, "executors": 2}, (2, 4)),
     ],
 )
 def test_cpus_are_shared_out(cpus, asked, expected):

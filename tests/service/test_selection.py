@@ -4,7 +4,7 @@ import pytest
 import structlog
 from variants import CLASSES, levels_image, machine, slowed, version_with, wrong
 
-from service import sessions
+from service import resources, sessions, trial
 from service.candidates import Wishes
 from service.errors import ArtifactError, ConfigurationError, ProviderError
 from service.providers import CPU, OPENVINO, TENSORRT
@@ -64,6 +64,36 @@ def test_if_nothing_is_right_nothing_is_served(tmp_path, selector):
     version = version_with(tmp_path, fp32=wrong)
     with pytest.raises(ArtifactError, match=r"cannot be served: fp32 on cpu: .* off by"):
         selector.build(version, ON_CPU)
+
+
+def test_more_executors_than_cpus_do_not_make_a_model_look_faster(tmp_path, selector):
+    version = version_with(tmp_path, fp32=slowed)
+    cpus = resources.cpu_count()
+    fitting, crowded = (
+        selector.table(version, Wishes(providers=("cpu",), executors=count, intra_op_threads=1))[0].chosen
+        for count in (cpus, 4 * cpus)
+    )
+    assert crowded.executors == 4 * fitting.executors
+    assert crowded.images_per_second < 2 * fitting.images_per_second
+
+
+def test_a_last_resort_is_tried_only_if_the_file_fails_in_every_other_precision(tmp_path, monkeypatch):
+    failing = set()
+
+    def run(version, candidate, *_):
+        if candidate.plan.precision in failing:
+            return trial.row(candidate, outcome="refused", note="far off"), None
+        return trial.row(candidate, outcome="slower", images_per_second=100.0), "a loaded model"
+
+    monkeypatch.setattr(trial, "run", run)
+    selector = Selector(machine(gpus=("NVIDIA L4",)), tmp_path / "cache", nothing_missing)
+    version = version_with(tmp_path)
+    wishes = Wishes(providers=("tensorrt",))
+    table = selector.table(version, wishes, refresh=True)[0]
+    assert [(row.precision, row.outcome) for row in table.rows] == [("fp16", "chosen"), ("", "skipped")]
+    failing.add("fp16")
+    table = selector.table(version, wishes, refresh=True)[0]
+    assert [(row.precision, row.outcome) for row in table.rows] == [("fp16", "refused"), ("", "chosen")]
 
 
 def test_the_engines_are_warm(tmp_path, selector):
