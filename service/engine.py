@@ -43,6 +43,10 @@ class Engine(Protocol):
         """File name of the variant that runs."""
 
     @property
+    def precision(self) -> str:
+        """What it is told to compute in, as `Plan.precision`; empty leaves that to the file."""
+
+    @property
     def buckets(self) -> Sequence[int]:
         """Batch sizes that are warmed up, ascending; the last is the largest allowed."""
 
@@ -70,6 +74,7 @@ class OrtEngine:
 
     Attributes:
         provider: the execution provider.
+        precision: what it is told to compute in.
         plan: as given.
         variant: as given.
         buckets: as given.
@@ -78,6 +83,7 @@ class OrtEngine:
 
     def __init__(self, runner: Runner, plan: Plan, variant: str, buckets: Sequence[int]) -> None:
         self.provider = plan.provider
+        self.precision = plan.precision
         self.plan = plan
         self.variant = variant
         self.buckets = tuple(buckets)

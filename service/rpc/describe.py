@@ -38,6 +38,7 @@ def details(repository: Repository, model: ServedModel) -> pb.GetModelResponse:
                 accuracy=variant.accuracy,
                 images_per_second=variant.images_per_second,
                 active=variant.file == running,
+                precision=model.engine.precision if variant.file == running else "",
             )
             for variant in manifest.variants
         ],

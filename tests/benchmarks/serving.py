@@ -50,13 +50,27 @@ PIPELINES = [
 # --- the floor
 
 
+class Runs(NamedTuple):
+    """What a server runs: provider, model file, and precision if it was told one."""
+
+    provider: str
+    file: str
+    precision: str
+
+
 class Pipeline:
     """Decode, resize and infer in one process: threads that each decode a batch and run it."""
 
-    def __init__(self, version, provider, variant, setting):
+    def __init__(self, version, runs, setting):
         self.threads, executors, intra, self.batch = setting
-        plan = providers.cpu_plan(resources.cpu_count(), provider=provider, executors=executors, intra_op_threads=intra)
-        self.engines = engine.build(version, plan, max(self.batch, 2), variant)
+        plan = providers.cpu_plan(
+            resources.cpu_count(),
+            provider=runs.provider,
+            executors=executors,
+            intra_op_threads=intra,
+            precision=runs.precision,
+        )
+        self.engines = engine.build(version, plan, max(self.batch, 2), runs.file)
         engine.warm_up(self.engines)
         self.spec = version.manifest.input
 
@@ -87,11 +101,11 @@ class Pipeline:
             each.close()
 
 
-def best_pipeline(version, provider, variant, images, console):
-    """The fastest of `PIPELINES`, tried briefly."""
+def best_pipeline(version, runs, images, console):
+    """The fastest of `PIPELINES` with what the service `runs`, tried briefly."""
     rates = {}
     for setting in PIPELINES:
-        pipeline = Pipeline(version, provider, variant, setting)
+        pipeline = Pipeline(version, runs, setting)
         rates[setting] = pipeline.rate(images, 2.0)
         pipeline.close()
     best = max(rates, key=rates.get)
@@ -99,7 +113,7 @@ def best_pipeline(version, provider, variant, images, console):
         f"floor: {best[0]} threads, {best[1]} executors of {best[2]} threads, batches of {best[3]}: "
         f"{rates[best]:.1f} images/s when tried"
     )
-    return Pipeline(version, provider, variant, best)
+    return Pipeline(version, runs, best)
 
 
 # --- servers and load
@@ -197,9 +211,9 @@ def photos_on(model, folder, rounds, seconds, variant, console):
         script("echo_server.py") as echo,
         script("textbook_server.py", version.file(artifact.MODEL), spec.height, spec.resize.shorter_side) as textbook,
     ):
-        provider, file = served_by(service.grpc)
-        console.print(f"{model}: the service runs {file} on {provider}")
-        pipeline = best_pipeline(version, provider, file, images, console)
+        runs = served_by(service.grpc)
+        console.print(f"{model}: the service runs {runs.file} on {runs.provider} {runs.precision}")
+        pipeline = best_pipeline(version, runs, images, console)
         overloads = []
         for _ in range(rounds):
             rates["pipeline"].append(pipeline.rate(images, FLOOR_S))
@@ -213,15 +227,14 @@ def photos_on(model, folder, rounds, seconds, variant, console):
 
 
 def served_by(address):
-    """Provider and variant that a server runs."""
+    """What a server runs."""
     from service.client import Client
 
     with Client(address) as client:
         model = client.model()
-        names = {variant.name: variant for variant in model.variants}
-        active = next(name for name, variant in names.items() if variant.active)
-        file = artifact.MODEL if active == "fp32" else f"model.{active}.onnx"
-        return model.summary.provider, file
+        active = next(variant for variant in model.variants if variant.active)
+        file = artifact.MODEL if active.name == "fp32" else f"model.{active.name}.onnx"
+        return Runs(model.summary.provider, file, active.precision)
 
 
 def overloaded(service, images, capacity, seconds, deadline_ms=200):

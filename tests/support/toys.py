@@ -200,6 +200,7 @@ class ToyEngine:
 
     provider = "ToyProvider"
     variant = artifact.MODEL
+    precision = "toy"
 
     def __init__(self, classes=10, buckets=(1, 2, 4, 8), nan_at=None):
         self.classes = classes

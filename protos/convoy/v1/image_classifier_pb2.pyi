@@ -547,6 +547,7 @@ class Variant(_message.Message):
     ACCURACY_FIELD_NUMBER: _builtins.int
     IMAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For instance "fp32" or "int8"."""
     accuracy: _builtins.float
@@ -555,6 +556,8 @@ class Variant(_message.Message):
     """Images per second where it was exported, if it was measured."""
     active: _builtins.bool
     """True for the one that is loaded."""
+    precision: _builtins.str
+    """What the one that is loaded is computed in, for instance "bf16"; empty if that is left to the file."""
     def __init__(
         self,
         *,
@@ -562,10 +565,11 @@ class Variant(_message.Message):
         accuracy: _builtins.float | None = ...,
         images_per_second: _builtins.float | None = ...,
         active: _builtins.bool = ...,
+        precision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_images_per_second", b"_images_per_second", "accuracy", b"accuracy", "images_per_second", b"images_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_images_per_second", b"_images_per_second", "accuracy", b"accuracy", "active", b"active", "images_per_second", b"images_per_second", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_images_per_second", b"_images_per_second", "accuracy", b"accuracy", "active", b"active", "images_per_second", b"images_per_second", "name", b"name", "precision", b"precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accuracy: _TypeAlias = _typing.Literal["accuracy"]  # noqa: Y015
     _WhichOneofArgType__accuracy: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy"]  # noqa: Y015

@@ -383,7 +383,7 @@ async def test_models_are_listed_and_described(tmp_path):
     assert "stretched to 8x8" in described.input.resize
     assert len(described.sha256) == 64
     assert dict(described.metrics) == {"accuracy": 1.0}
-    assert [(v.name, v.active) for v in described.variants] == [("fp32", True)]
+    assert [(v.name, v.active, v.precision) for v in described.variants] == [("fp32", True, "toy")]
     assert described.max_batch_size == 8
     assert (nameless.code(), unknown.code()) == (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.NOT_FOUND)
 
