@@ -12,7 +12,6 @@ from service.errors import ConfigurationError
 from service.providers import AUTO, CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
 
 
-
 class _Suitable(NamedTuple):
     """A variant's name, the precision to ask for, and whether only for want of the one before it in the same file."""
 
