@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
+from service import strict_yaml
 from service.candidates import Wishes
 from service.errors import ConfigurationError, InvalidRequestError
 from service.routing import Routing
@@ -308,6 +309,8 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
         model_config = SettingsConfigDict(yaml_file=config, yaml_file_encoding="utf-8")
 
     try:
+        if config is not None:  # pydantic's reader would let the last of equal keys win
+            strict_yaml.parse(config.read_text(encoding="utf-8"))
         return _WithFile(**dict(flags or {}))
     except ValidationError as error:
         faults = "; ".join(

@@ -122,8 +122,14 @@ class RemoteSource:
         try:
             self._filesystem.invalidate_cache()
             manifests = self._filesystem.glob(f"{self._root}/*/*/{artifact.MANIFEST}")
+            there = bool(manifests) or self._filesystem.exists(self._root)
         except Exception as error:  # each backend raises exceptions of its own library
             raise ConfigurationError(f"the repository {self._url} cannot be read: {error}") from error
+        if not there:  # a mistyped or lost bucket: not the same as versions that were removed
+            raise ConfigurationError(
+                f"there is nothing at the repository {self._url}; upload a version to <name>/<number>/ there, or name "
+                "another with --repository"
+            )
         found: dict[str, list[int]] = {}
         for manifest in sorted(manifests):
             name, number = PurePosixPath(manifest).parts[-3:-1]

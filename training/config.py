@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service import strict_yaml
 from service.artifact import NAME_PATTERN
 from service.errors import ConfigurationError
-from training import strict_yaml
 
 _EXPERIMENTS = Path(__file__).with_name("experiments")
 

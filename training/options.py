@@ -110,7 +110,7 @@ def overrides_of(flags: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
 def _parse(assignment: str) -> tuple[str, Any]:
     import yaml
 
-    from training import strict_yaml
+    from service import strict_yaml
 
     key, separator, text = assignment.partition("=")
     if not separator or not key:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 _REQUEST_BYTES = 8 << 20
 _REQUEST_IMAGES = 16
+# How a server says that fewer images would do: its own limit, and gRPC's on the size of a message.
+_TOO_MUCH = ("are allowed; split it", "larger than max")
 
 
 @click.command()
@@ -119,7 +121,10 @@ def _batches(files: Iterable[Path]) -> Iterator[list[tuple[str, bytes]]]:
 
 
 def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageResult]:
-    """The server's result for each image; when it refused all of them, each one's own refusal."""
+    """The server's result for each image; when it refused all of them, each one's own refusal.
+
+    A server may allow less in one request than is sent here: what it refuses as a whole is sent in halves.
+    """
     from convoy.v1 import image_classifier_pb2 as pb
 
     from service.exits import ServerRefusedError
@@ -127,10 +132,24 @@ def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageR
     try:
         return client.classify(request).results
     except ServerRefusedError as refused:
-        if not str(refused).startswith("INVALID_ARGUMENT: image 0: "):
+        said = str(refused)
+        if said.startswith("INVALID_ARGUMENT: image 0: "):
+            faults = said.removeprefix("INVALID_ARGUMENT: ").split("; image ")
+            return [pb.ImageResult(error=pb.ImageError(message=fault.partition(": ")[2])) for fault in faults]
+        if len(request.images) == 1 or not any(reason in said for reason in _TOO_MUCH):
             raise
-        faults = str(refused).removeprefix("INVALID_ARGUMENT: ").split("; image ")
-        return [pb.ImageResult(error=pb.ImageError(message=fault.partition(": ")[2])) for fault in faults]
+    middle = len(request.images) // 2
+    return [found for half in _halves(request, middle) for found in _outcomes(client, half)]
+
+
+def _halves(request: pb.ClassifyRequest, middle: int) -> Iterator[pb.ClassifyRequest]:
+    from convoy.v1 import image_classifier_pb2 as pb
+
+    for images in (request.images[:middle], request.images[middle:]):
+        half = pb.ClassifyRequest()
+        half.CopyFrom(request)
+        half.images[:] = images
+        yield half
 
 
 def _as_json(name: str, outcome: pb.ImageResult) -> str:

@@ -1,6 +1,7 @@
 """Mutual TLS from the command line to the service and back."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -47,7 +48,22 @@ def test_classify_over_mutual_tls(pem):
         for flags in ((), ("--tls-ca", pem / "ca.pem")):
             refused = convoy(*request, *flags)
             assert refused.returncode == 4
-            assert "--tls-ca" in refused.stderr
+            (line,) = refused.stderr.splitlines()
+            assert "--tls-ca" in line
+
+
+def test_strangers_at_the_port_write_nothing_into_the_log(pem):
+    toys.write_version(pem / "models")
+    server = ("--tls-certificate", pem / "localhost.crt", "--tls-key", pem / "localhost.key")
+    with toys.serve_process(pem / "models", *server) as (process, report):
+        port = int(report["grpc"].rpartition(":")[2])
+        for _ in range(3):
+            with socket.create_connection(("localhost", port), timeout=10) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                while stranger.recv(1024):
+                    pass
+    assert process.lines
+    assert [line for line in process.lines if not line.startswith("{")] == []
 
 
 def test_bench_over_mutual_tls(pem):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import textwrap
 import click
 import pytest
 import toys
+from PIL import Image
 
 from service import cli
 
@@ -32,6 +34,10 @@ def convoy(monkeypatch, capsys):
     """Runs the command in this process; gives exit code, stdout and stderr."""
     for name in ("CONVOY_SERVER", "CONVOY_CONFIG"):
         monkeypatch.delenv(name, raising=False)
+    # The command settles these for its process; here that is the tests' own.
+    for name in ("COLUMNS", "GRPC_VERBOSITY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
 
     def run(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["convoy", *map(str, arguments)])
@@ -200,6 +206,20 @@ def test_more_images_than_fit_into_a_request_are_all_answered(convoy, served, tm
     assert [json.loads(line)["classes"][0]["index"] for line in out.splitlines()] == list(range(40))
 
 
+@pytest.mark.parametrize("limit", [{"CONVOY_MAX_IMAGES_PER_REQUEST": "3"}, {"CONVOY_MAX_MESSAGE_BYTES": "4096"}])
+def test_a_server_that_allows_less_in_a_request_gets_less(convoy, tmp_path, limit):
+    toys.write_version(tmp_path / "models", "grey", classes=256)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for level in range(20):
+        (pictures / f"{level:03d}.bmp").write_bytes(toys.encoded(Image.new("L", (24, 24), level), "BMP"))
+    with toys.serve_process(tmp_path / "models", env=limit) as (_, report):
+        code, out, _ = convoy("classify", pictures, "--server", report["grpc"], "--json", "--top-k", 1)
+
+    assert code == 0
+    assert [json.loads(line)["classes"][0]["index"] for line in out.splitlines()] == list(range(20))
+
+
 def test_one_bad_image_among_good_ones_is_partial(convoy, served, pictures):
     (pictures / "bad.jpg").write_text("I am a text file")
     code, out, err = convoy("classify", pictures, "--server", served, "--model", "grey")
@@ -282,7 +302,13 @@ def test_models_are_listed(convoy, served):
         ("coarse", 1, "READY", 2),
         ("grey", 1, "READY", 256),
     ]
-    assert "grey" in convoy("models", "--server", served)[1]
+
+
+def test_a_table_in_a_pipe_is_not_cut(convoy, served):
+    _, out, _ = convoy("models", "--server", served)
+
+    assert [line.count("CPUExecutionProvider") for line in out.splitlines() if "READY" in line] == [1, 1]
+    assert "…" not in out
 
 
 def test_inspect_shows_and_verifies_a_version(convoy, tmp_path):

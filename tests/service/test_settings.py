@@ -88,6 +88,7 @@ def test_every_fault_is_named_at_once():
         ("just text", "convoy.yaml"),
         ("prot: 1", "prot"),
         ("port: many", "port"),
+        ("model_settings: {a: {executors: 1}, a: {variant: fp32}}", "a occurs twice"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(file, text, words):

@@ -6,7 +6,7 @@ import pytest
 import toys
 
 from service import artifact
-from service.errors import ArtifactError, OutOfReachError
+from service.errors import ArtifactError, ConfigurationError, OutOfReachError
 from service.sources import RemoteSource
 
 
@@ -61,6 +61,15 @@ def test_a_place_out_of_reach_is_told_apart_and_leaves_nothing_behind(source, tm
         source.fetch("grey", 1)
 
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_place_that_is_lost_is_not_an_empty_one(source, bucket):
+    bucket.rename(bucket.with_name("moved"))
+    with pytest.raises(ConfigurationError, match="there is nothing at the repository file://"):
+        source.models()
+
+    bucket.mkdir()
+    assert source.models() == {}
 
 
 def test_a_version_that_is_gone_has_no_fingerprint(source):
