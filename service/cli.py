@@ -34,8 +34,6 @@ _OWN = {
     "unload": "commands.admin",
 }
 
-_COLUMNS_OF_A_PIPE = "200"
-
 _EPILOG = f"""\b
 Exit codes:
 {exits.table()}"""
@@ -80,17 +78,10 @@ def cli() -> None:
     """
 
 
-def _prepare_output() -> None:
-    """Settles what the libraries read from the environment; what the user has set wins."""
-    # gRPC would write a line of its own for each failed handshake, as of a port scan, among the lines of the log.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    if not sys.stdout.isatty():  # tables would be cut at 80 columns, which nothing in a pipe asks for
-        os.environ.setdefault("COLUMNS", _COLUMNS_OF_A_PIPE)
-
-
 def main() -> NoReturn:
     """Entry point: runs a command, and turns what went wrong into one line and an exit code."""
-    _prepare_output()
+    # gRPC would write a line of its own for each failed handshake, as of a port scan, among the lines of the log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         # Outside standalone mode click returns what a command passed to Context.exit; otherwise commands return None.
         returned = cli.main(prog_name="convoy", standalone_mode=False)

@@ -86,8 +86,8 @@ def cpu_plan(
 
     One thread for each batch and as many batches as CPUs (up to eight, which then get more threads each) answers more
     images per second than one batch on all CPUs: threads never wait for each other, and the decoders beside them take
-    CPUs away from one batch instead of stalling all of its threads. OpenVINO gets one batch more: its own threads
-    compute, and one of them would be idle while an answer leaves and the next batch arrives.
+    CPUs away from one batch instead of stalling all of its threads. With one thread for each, OpenVINO gets one batch
+    more: its own threads compute, and one of them would be idle while an answer leaves and the next batch arrives.
 
     Args:
         cpus: CPUs that the process may use.
@@ -96,15 +96,14 @@ def cpu_plan(
         intra_op_threads: threads for each batch; 0 chooses.
         precision: see `Plan`.
     """
-    spare = 1 if provider == OPENVINO else 0
     if executors and not intra_op_threads:
         intra_op_threads = max(1, cpus // executors)
     elif intra_op_threads and not executors:
-        executors = max(1, cpus // intra_op_threads) + spare
+        executors = max(1, cpus // intra_op_threads)
     elif not executors:
         executors = min(cpus, _MOST_CPU_EXECUTORS)
         intra_op_threads = max(1, cpus // executors)
-        executors += spare
+        executors += provider == OPENVINO and intra_op_threads == 1
     return Plan(provider, intra_op_threads, executors, precision)
 
 

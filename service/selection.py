@@ -150,8 +150,8 @@ class Selector:
         """Why a candidate need not be tried; empty if it has to be."""
         passed = [row for row in rows if row.images_per_second]
         provider = candidate.plan.provider
-        other_precisions = [row for row in passed if (row.provider, row.file) == (provider, candidate.variant.file)]
-        if candidate.last_resort and other_precisions:
+        file = candidate.variant.file
+        if candidate.last_resort and any((row.provider, row.file) == (provider, file) for row in passed):
             return "the same file passes in a faster precision"
         if passed and elapsed_s > wishes.budget_s:
             return f"the budget of {wishes.budget_s:g} s is spent"

@@ -116,19 +116,20 @@ class RemoteSource:
         self._url = url
         self._mirror = cache / "mirror" / "".join(c if c.isalnum() else "_" for c in url)
         self._filesystem, self._root = _open(url)
+        # In a bucket no folder is there without a file; what can be lost is the bucket.
+        self._place = self._root if self._root.startswith("/") else self._root.partition("/")[0]
 
     def models(self) -> dict[str, list[int]]:
         """Every `<name>/<number>/` with a manifest."""
         try:
             self._filesystem.invalidate_cache()
             manifests = self._filesystem.glob(f"{self._root}/*/*/{artifact.MANIFEST}")
-            there = bool(manifests) or self._filesystem.exists(self._root)
+            there = bool(manifests) or self._filesystem.exists(self._place)
         except Exception as error:  # each backend raises exceptions of its own library
             raise ConfigurationError(f"the repository {self._url} cannot be read: {error}") from error
-        if not there:  # a mistyped or lost bucket: not the same as versions that were removed
+        if not there:  # mistyped or lost: not the same as versions that were removed
             raise ConfigurationError(
-                f"there is nothing at the repository {self._url}; upload a version to <name>/<number>/ there, or name "
-                "another with --repository"
+                f"the repository {self._url} does not exist; create it, or name another with --repository"
             )
         found: dict[str, list[int]] = {}
         for manifest in sorted(manifests):

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from typing import Any
 
-from yaml import MappingNode, SafeLoader
-from yaml.constructor import ConstructorError
+from yaml import MappingNode, Node, SafeLoader, ScalarNode
+from yaml.composer import ComposerError
+
+_MERGE = "tag:yaml.org,2002:merge"  # `<<` may stand there twice
 
 
 class _Loader(SafeLoader):
-    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As the base class, which lets the last of equal keys win."""
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ConstructorError(None, None, f"{key} occurs twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
+        """As the base class, which lets the last of equal keys win. What `<<` brings comes later, and is no fault."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, ScalarNode) and key.tag != _MERGE:
+                if (key.tag, key.value) in seen:
+                    raise ComposerError(None, None, f"{key.value} occurs twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(

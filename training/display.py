@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from service import terminal
 from training.calibrate import Calibration
 from training.evaluate import TOP_K, Evaluation
 from training.journal import Journal
@@ -124,7 +125,7 @@ def console_of_process() -> Display:
     The stream is bound here: rich would look it up anew for every frame, and the frames would be lost while quantising,
     where the standard output is redirected to silence ONNX Runtime.
     """
-    return Display(Console(file=sys.stdout, quiet=os.environ.get("RANK", "0") != "0"))
+    return Display(terminal.console(file=sys.stdout, quiet=os.environ.get("RANK", "0") != "0"))
 
 
 class TrainingView:

@@ -35,9 +35,10 @@ def zoo(names: tuple[str, ...], as_json: bool) -> None:
     require_extra()
     from rich.console import Console
 
+    from service import terminal
     from training import models
 
-    console = Console()
+    console = terminal.console()
     with Console(stderr=True).status("Counting parameters and operations"):
         entries = [_entry(name) for name in names or models.names()]
     if as_json:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from service import terminal
 from service.bench.summary import Summary, histogram
 
 _BAR_WIDTH = 40
@@ -20,7 +21,7 @@ _BAR_WIDTH = 40
 
 def show(summaries: Sequence[Summary], console: Console | None = None) -> None:
     """Prints one row for each level, then failures, server times and warnings; of a single level, a histogram."""
-    console = console or Console(highlight=False)
+    console = console or terminal.console(highlight=False)
     console.print(_table(summaries))
     for summary in summaries:
         for line in _remarks(summary):

@@ -123,7 +123,8 @@ def _batches(files: Iterable[Path]) -> Iterator[list[tuple[str, bytes]]]:
 def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageResult]:
     """The server's result for each image; when it refused all of them, each one's own refusal.
 
-    A server may allow less in one request than is sent here: what it refuses as a whole is sent in halves.
+    A server may allow less in one request than is sent here: what it refuses as a whole is sent in halves, down to the
+    image that is too large alone.
     """
     from convoy.v1 import image_classifier_pb2 as pb
 
@@ -135,9 +136,12 @@ def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageR
         said = str(refused)
         if said.startswith("INVALID_ARGUMENT: image 0: "):
             faults = said.removeprefix("INVALID_ARGUMENT: ").split("; image ")
-            return [pb.ImageResult(error=pb.ImageError(message=fault.partition(": ")[2])) for fault in faults]
-        if len(request.images) == 1 or not any(reason in said for reason in _TOO_MUCH):
+            return [pb.ImageResult(error=pb.ImageError(message=each.partition(": ")[2])) for each in faults]
+        if not any(reason in said for reason in _TOO_MUCH):
             raise
+        if len(request.images) == 1:
+            fault = pb.ImageError(reason=pb.ImageError.TOO_LARGE, message=said.partition(": ")[2])
+            return [pb.ImageResult(error=fault)]
     middle = len(request.images) // 2
     return [found for half in _halves(request, middle) for found in _outcomes(client, half)]
 

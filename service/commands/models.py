@@ -22,9 +22,9 @@ def models(server: str, timeout_s: float, tls: TlsFiles | None, as_json: bool) -
     """List what a running server serves."""
     from convoy.v1 import image_classifier_pb2 as pb
     from google.protobuf.json_format import MessageToDict
-    from rich.console import Console
     from rich.table import Table
 
+    from service import terminal
     from service.client import Client
 
     with Client(server, timeout_s, tls=tls) as client:
@@ -45,4 +45,4 @@ def models(server: str, timeout_s: float, tls: TlsFiles | None, as_json: bool) -
             summary.provider,
             "yes" if summary.is_default else "",
         )
-    Console().print(table)
+    terminal.console().print(table)

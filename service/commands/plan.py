@@ -65,9 +65,9 @@ def plan(
 
 def _show(table: Table, machine: Machine, *, remembered: bool) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table as Grid
 
+    from service import terminal
     from service.providers import short_name
 
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1))
@@ -75,7 +75,7 @@ def _show(table: Table, machine: Machine, *, remembered: bool) -> None:
         grid.add_column(name, no_wrap=True, justify="right" if name in ("images/s", "canary", "ready in") else "left")
     for row in table.rows:
         grid.add_row(*_cells(row), style=_COLOURS[row.outcome])
-    console = Console(highlight=False)
+    console = terminal.console(highlight=False)
     console.print(grid)
     for row in table.rows:
         if row.note:

@@ -52,7 +52,8 @@ def test_classify_over_mutual_tls(pem):
             assert "--tls-ca" in line
 
 
-def test_strangers_at_the_port_write_nothing_into_the_log(pem):
+def test_strangers_at_the_port_write_nothing_into_the_log(pem, monkeypatch):
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)  # who sets it, asks for more
     toys.write_version(pem / "models")
     server = ("--tls-certificate", pem / "localhost.crt", "--tls-key", pem / "localhost.key")
     with toys.serve_process(pem / "models", *server) as (process, report):

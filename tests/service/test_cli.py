@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -34,10 +33,8 @@ def convoy(monkeypatch, capsys):
     """Runs the command in this process; gives exit code, stdout and stderr."""
     for name in ("CONVOY_SERVER", "CONVOY_CONFIG"):
         monkeypatch.delenv(name, raising=False)
-    # The command settles these for its process; here that is the tests' own.
-    for name in ("COLUMNS", "GRPC_VERBOSITY"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-        monkeypatch.delenv(name)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")  # the command settles it for its process; here that is the tests' own
 
     def run(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["convoy", *map(str, arguments)])
@@ -218,6 +215,24 @@ def test_a_server_that_allows_less_in_a_request_gets_less(convoy, tmp_path, limi
 
     assert code == 0
     assert [json.loads(line)["classes"][0]["index"] for line in out.splitlines()] == list(range(20))
+
+
+def test_an_image_that_is_too_large_alone_is_named_and_the_others_answered(convoy, tmp_path):
+    toys.write_version(tmp_path / "models", "grey", classes=256)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for level in range(6):
+        side = 80 if level == 4 else 24
+        (pictures / f"{level}.bmp").write_bytes(toys.encoded(Image.new("L", (side, side), level), "BMP"))
+    with toys.serve_process(tmp_path / "models", env={"CONVOY_MAX_MESSAGE_BYTES": "4096"}) as (_, report):
+        code, out, err = convoy("classify", pictures, "--server", report["grpc"], "--json", "--top-k", 1)
+
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 6
+    assert [row["classes"][0]["index"] if "classes" in row else row["error"]["reason"] for row in rows] == [
+        0, 1, 2, 3, "TOO_LARGE", 5,
+    ]  # fmt: skip
+    assert only_line(err) == "convoy: 1 of 6 images could not be classified"
 
 
 def test_one_bad_image_among_good_ones_is_partial(convoy, served, pictures):

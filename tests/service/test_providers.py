@@ -59,8 +59,8 @@ def test_little_is_wasted_on_a_cpu():
         (2, {"executors": 3, "intra_op_threads": 2}, (3, 2)),
         (1, {"provider": OPENVINO}, (2, 1)),
         (2, {"provider": OPENVINO}, (3, 1)),
-        (16, {"provider": OPENVINO}, (9, 2)),
-        (8, {"provider": OPENVINO, "intra_op_threads": 4}, (3, 4)),
+        (16, {"provider": OPENVINO}, (8, 2)),
+        (8, {"provider": OPENVINO, "intra_op_threads": 4}, (2, 4)),
         (8, {"provider": OPENVINO, "executors": 2}, (2, 4)),
     ],
 )

@@ -77,23 +77,41 @@ def test_more_executors_than_cpus_do_not_make_a_model_look_faster(tmp_path, sele
     assert crowded.images_per_second < 2 * fitting.images_per_second
 
 
-def test_a_last_resort_is_tried_only_if_the_file_fails_in_every_other_precision(tmp_path, monkeypatch):
-    failing = set()
+@pytest.fixture
+def speeds(monkeypatch):
+    """Images per second by precision, for candidates that only exist here; those without are refused."""
+    known = {}
 
     def run(version, candidate, *_):
-        if candidate.plan.precision in failing:
+        if candidate.plan.precision not in known:
             return trial.row(candidate, outcome="refused", note="far off"), None
-        return trial.row(candidate, outcome="slower", images_per_second=100.0), "a loaded model"
+        speed = known[candidate.plan.precision]
+        return trial.row(candidate, outcome="slower", images_per_second=speed), "a loaded model"
 
     monkeypatch.setattr(trial, "run", run)
+    return known
+
+
+def by_precision(selector, version, provider):
+    table = selector.table(version, Wishes(providers=(provider,)), refresh=True)[0]
+    return [(row.precision, row.outcome) for row in table.rows]
+
+
+def test_a_last_resort_is_tried_only_if_the_file_fails_in_every_other_precision(tmp_path, speeds):
     selector = Selector(machine(gpus=("NVIDIA L4",)), tmp_path / "cache", nothing_missing)
     version = version_with(tmp_path)
-    wishes = Wishes(providers=("tensorrt",))
-    table = selector.table(version, wishes, refresh=True)[0]
-    assert [(row.precision, row.outcome) for row in table.rows] == [("fp16", "chosen"), ("", "skipped")]
-    failing.add("fp16")
-    table = selector.table(version, wishes, refresh=True)[0]
-    assert [(row.precision, row.outcome) for row in table.rows] == [("fp16", "refused"), ("", "chosen")]
+    speeds.update({"fp16": 200.0, "": 100.0})
+    assert by_precision(selector, version, "tensorrt") == [("fp16", "chosen"), ("", "skipped")]
+    del speeds["fp16"]
+    assert by_precision(selector, version, "tensorrt") == [("fp16", "refused"), ("", "chosen")]
+
+
+@pytest.mark.parametrize(("bf16", "outcomes"), [(50.0, ("chosen", "slower")), (200.0, ("slower", "chosen"))])
+def test_bf16_without_tiles_has_to_be_faster(tmp_path, speeds, bf16, outcomes):
+    selector = Selector(machine(flags=("avx512_bf16",)), tmp_path / "cache", nothing_missing)
+    speeds.update({"f32": 100.0, "bf16": bf16})
+    found = by_precision(selector, version_with(tmp_path), "openvino")
+    assert found == list(zip(("f32", "bf16"), outcomes, strict=True))
 
 
 def test_the_engines_are_warm(tmp_path, selector):

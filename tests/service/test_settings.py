@@ -116,6 +116,15 @@ def test_a_single_version_and_a_single_provider_need_no_quotes(file):
     assert (own.versions, own.providers) == ("3", ("cuda", "cpu"))
 
 
+def test_what_a_merge_key_brings_occurs_once(file):
+    models = "{a: &a {executors: 1, variant: fp32}, b: &b {<<: *a, executors: 2}, c: {<<: [*b, *a], executors: 3}}"
+    own = load(file(f"model_settings: {models}")).model_settings
+
+    assert {name: (each.executors, each.variant) for name, each in own.items()} == {
+        "a": (1, "fp32"), "b": (2, "fp32"), "c": (3, "fp32"),
+    }  # fmt: skip
+
+
 def test_an_empty_file_is_no_fault(file):
     assert load(file("")).port == 8500
 

@@ -1,9 +1,12 @@
 """Versions in a place that is mirrored. A `file://` URL takes the way of a bucket's."""
 
 import shutil
+from typing import ClassVar
 
+import fsspec
 import pytest
 import toys
+from fsspec.implementations.memory import MemoryFileSystem
 
 from service import artifact
 from service.errors import ArtifactError, ConfigurationError, OutOfReachError
@@ -65,11 +68,32 @@ def test_a_place_out_of_reach_is_told_apart_and_leaves_nothing_behind(source, tm
 
 def test_a_place_that_is_lost_is_not_an_empty_one(source, bucket):
     bucket.rename(bucket.with_name("moved"))
-    with pytest.raises(ConfigurationError, match="there is nothing at the repository file://"):
+    with pytest.raises(ConfigurationError, match=r"the repository file://.* does not exist"):
         source.models()
 
     bucket.mkdir()
     assert source.models() == {}
+
+
+class Objects(MemoryFileSystem):
+    """A store without folders: a prefix is there as long as something lies below it."""
+
+    protocol = "objects"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("objects://").strip("/")
+
+
+def test_a_bucket_without_versions_is_empty_and_no_bucket_is_an_error(tmp_path):
+    fsspec.register_implementation("objects", Objects, clobber=True)
+    Objects().pipe_file("bucket/other/file", b"")
+
+    assert RemoteSource("objects://bucket/models", tmp_path).models() == {}
+    with pytest.raises(ConfigurationError, match="the repository objects://buket/models does not exist"):
+        RemoteSource("objects://buket/models", tmp_path).models()
 
 
 def test_a_version_that_is_gone_has_no_fingerprint(source):

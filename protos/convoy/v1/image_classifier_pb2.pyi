@@ -557,7 +557,9 @@ class Variant(_message.Message):
     active: _builtins.bool
     """True for the one that is loaded."""
     precision: _builtins.str
-    """What the one that is loaded is computed in, for instance "bf16"; empty if that is left to the file."""
+    """What the one that is loaded was asked to be computed in, for instance "bf16", before the operator's own options for
+    the provider; empty if that is left to the file.
+    """
     def __init__(
         self,
         *,

@@ -1,0 +1,22 @@
+"""Where commands print their tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+_COLUMNS_OF_A_PIPE = 200
+
+
+def console(**options: Any) -> Console:
+    """A console on stdout. Where that is no terminal, rich would cut tables at 80 columns, for nobody's sake.
+
+    Args:
+        options: of the console.
+    """
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    width = None if terminal or "COLUMNS" in os.environ else _COLUMNS_OF_A_PIPE
+    return Console(width=width, **options)

@@ -1,0 +1,39 @@
+"""How wide tables are."""
+
+import os
+import pty
+import sys
+
+import pytest
+
+from service import terminal
+
+
+@pytest.fixture(autouse=True)
+def no_columns(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+def test_in_a_pipe_tables_are_as_wide_as_they_need():
+    assert terminal.console().width == 200
+
+
+def test_the_user_s_own_width_wins(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+
+    assert terminal.console().width == 70
+
+
+def test_a_terminal_is_as_wide_as_it_is(monkeypatch):
+    leader, follower = pty.openpty()
+    os.set_blocking(leader, False)
+    with os.fdopen(leader, "rb"), os.fdopen(follower, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+
+        assert terminal.console().width < 200
+
+
+def test_without_an_output_nothing_fails(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+
+    terminal.console().print("nobody reads this")
