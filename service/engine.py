@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service import artifact, faults, sessions, threads
 from service.artifact import ModelVersion
 from service.errors import DeviceLostError, OutOfMemoryError
-from service.providers import CPU, GPU_PROVIDERS, Plan
+from service.providers import CPU, GPU_PROVIDERS, OPENVINO, Plan
 from service.runners import CudaRunner, HostRunner, Outputs, Runner
 from service.sessions import Loaded
 
@@ -134,6 +134,14 @@ class OrtEngine:
         self.measured_s = dict(zip(self.buckets, between.tolist(), strict=True))
         self._run(self.buckets[0], last_of_warm_up=True)
 
+    def run_smallest(self) -> None:
+        """Runs the smallest bucket, whatever is in the buffer.
+
+        Raises:
+            EngineError: as for `infer`.
+        """
+        self._run(self.buckets[0])
+
     def close(self) -> None:
         """Drops the buffers and the session; its memory is freed with the last executor that shares it."""
         self._runner.close()
@@ -228,18 +236,24 @@ def side_by_side(engines: Sequence[OrtEngine]) -> ThreadPoolExecutor:
 def warm_up(engines: Sequence[OrtEngine]) -> None:
     """Warms up all executors at the same time, as they will run: what they measure includes what they share.
 
-    On the CPU provider one of them does so for all: they are as one, and as other models are being served meanwhile,
-    a core is left to those.
+    On a CPU one of them does so for all: they are as one, and as other models are being served meanwhile, a core is
+    left to those. Of OpenVINO's streams each builds a graph of its own when it first runs: here, with a small batch on
+    all of them at once.
 
     Raises:
         EngineError: a bucket cannot be run.
     """
-    leaders = engines[:1] if engines[0].provider == CPU else engines
+    first = engines[0]
+    leaders = engines if first.provider in GPU_PROVIDERS else engines[:1]
     with side_by_side(leaders) as pool:
         for future in [pool.submit(one.warm_up) for one in leaders]:
             future.result()
     for one in engines[len(leaders) :]:
-        one.measured_s = engines[0].measured_s
+        one.measured_s = first.measured_s
+    if first.provider == OPENVINO:
+        with side_by_side(engines) as pool:
+            for run in [pool.submit(one.run_smallest) for one in engines]:
+                run.result()
 
 
 def _power_of_two(size: int) -> bool:

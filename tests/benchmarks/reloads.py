@@ -102,10 +102,11 @@ def resident_kib(pid):
 # --- answers
 
 
-def probabilities(path, variant, images):
-    """What a version answers, computed in this process: float32[N, K]."""
+def probabilities(path, runs, images):
+    """What a version answers, computed in this process as the server `runs` it: float32[N, K]."""
     version = artifact.load(path)
-    [one] = engine.build(version, providers.cpu_plan(1), 1, variant)
+    plan = providers.cpu_plan(1, provider=runs.provider, executors=1, precision=runs.precision)
+    [one] = engine.build(version, plan, 1, runs.file)
     spec = version.manifest.input
     found = np.concatenate([one.infer([preprocess(data, spec)[None]]).probabilities for data in images])
     one.close()
@@ -286,9 +287,8 @@ def rise(readings, block=10):
 async def known(api, folder, name, images, versions):
     """A model's answers, from each of its versions."""
     model = await api.GetModel(pb.GetModelRequest(model=name))
-    active = next(variant.name for variant in model.variants if variant.active)
-    file = artifact.MODEL if active == "fp32" else f"model.{active}.onnx"
-    expected = {number: probabilities(folder / "models" / name / str(number), file, images) for number in versions}
+    runs = serving.runs_of(model)
+    expected = {number: probabilities(folder / "models" / name / str(number), runs, images) for number in versions}
     return Answers(name, images, expected, [{model.summary.version}])
 
 

@@ -231,10 +231,14 @@ def served_by(address):
     from service.client import Client
 
     with Client(address) as client:
-        model = client.model()
-        active = next(variant for variant in model.variants if variant.active)
-        file = artifact.MODEL if active.name == "fp32" else f"model.{active.name}.onnx"
-        return Runs(model.summary.provider, file, active.precision)
+        return runs_of(client.model())
+
+
+def runs_of(model):
+    """The same, of a model that `GetModel` describes."""
+    active = next(variant for variant in model.variants if variant.active)
+    file = artifact.MODEL if active.name == "fp32" else f"model.{active.name}.onnx"
+    return Runs(model.summary.provider, file, active.precision)
 
 
 def overloaded(service, images, capacity, seconds, deadline_ms=200):

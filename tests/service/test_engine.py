@@ -12,7 +12,7 @@ from variants import CLASSES, huge, levels_image, version_with
 from service import engine, providers, sessions
 from service.engine import OrtEngine, Outputs
 from service.errors import ArtifactError, DeviceLostError, EngineError, OutOfMemoryError, ProviderError
-from service.providers import CPU, CUDA, Plan
+from service.providers import CPU, CUDA, OPENVINO, Plan
 
 # As ONNX Runtime 1.31 and CUDA write them.
 OUT_OF_MEMORY = (
@@ -147,6 +147,16 @@ def test_on_the_cpu_provider_one_executor_warms_up_for_all():
     assert measured_s[3] == pytest.approx((measured_s[2] + measured_s[4]) / 2)
     assert measured_s[5] == pytest.approx(measured_s[4] * 5 / 4)
     assert engines[1].measured_s == measured_s
+
+
+def test_on_openvino_one_executor_warms_up_and_each_stream_runs_once():
+    runners = [Runner(3), Runner(3), Runner(3)]
+    engines = [OrtEngine(runner, Plan(OPENVINO, 1, 3), "model.onnx", (1, 2, 3)) for runner in runners]
+    engine.warm_up(engines)
+    # Each size once because it may compile, then twice to be timed; the smallest ends the warm-up.
+    assert [runner.ran for runner in runners] == [[3, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1], [1], [1]]
+    assert {id(one.measured_s) for one in engines} == {id(engines[0].measured_s)}
+    assert set(engines[0].measured_s) == {1, 2, 3}
 
 
 def test_a_single_bucket_is_measured_on_the_cpu_provider_too():
