@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from service import providers
 from service.artifact import ModelVersion, Variant
 from service.errors import ConfigurationError
 from service.providers import AUTO, CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
 
-
-class _Suitable(NamedTuple):
-    """A variant's name, the precision to ask for, and whether only for want of the one before it in the same file."""
-
-    variant: str
-    precision: str = ""
-    last_resort: bool = False
-
-
-# Variants that a provider has fast kernels for, the likely fastest first. The plain fp32 file is last: it is also the
-# most exact.
-_SUITABLE: Mapping[str, tuple[_Suitable, ...]] = {
-    CPU: (_Suitable("int8"), _Suitable("fp32")),
-    OPENVINO: (_Suitable("int8"), _Suitable("fp32", "f32")),
-    CUDA: (_Suitable("fp16"), _Suitable("fp32")),
-    # Minutes of compiling stand behind each of these.
-    TENSORRT: (_Suitable("trt-int8", "int8"), _Suitable("fp32", "fp16"), _Suitable("fp32", last_resort=True)),
+# Variants that a provider has fast kernels for, the likely fastest first; each with the precision to ask for.
+# The plain fp32 file is last: it is also the most exact. OpenVINO's bf16 is fast with AMX, and without may be half as
+# fast as f32: both are measured.
+_SUITABLE: Mapping[str, tuple[tuple[str, str], ...]] = {
+    CPU: (("int8", ""), ("fp32", "")),
+    OPENVINO: (("int8", ""), ("fp32", "f32"), ("fp32", "bf16")),
+    CUDA: (("fp16", ""), ("fp32", "")),
+    TENSORRT: (("trt-int8", "int8"), ("fp32", "fp16"), ("fp32", "")),
 }
-# bf16 on tiles of AMX is far ahead of f32. On vectors alone (AVX512-BF16) it may be half as fast: both are measured.
-_OPENVINO_WITH_BF16: Mapping[str, tuple[_Suitable, ...]] = {
-    "amx_bf16": (_Suitable("int8"), _Suitable("fp32", "bf16"), _Suitable("fp32", "f32", last_resort=True)),
-    "avx512_bf16": (_Suitable("int8"), _Suitable("fp32", "f32"), _Suitable("fp32", "bf16")),
-}
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 @dataclass(frozen=True)
@@ -74,11 +60,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a model; one of `last_resort` only if the same file fails in the provider's other precisions."""
+    """One way to run a model."""
 
     variant: Variant
     plan: Plan
-    last_resort: bool = False
 
 
 def enumerate_candidates(
@@ -101,9 +86,9 @@ def enumerate_candidates(
     )
     variants = _variants(version, wishes.variant)
     found = [
-        Candidate(variant, _plan(provider, suitable.precision, wishes, machine), suitable.last_resort)
+        Candidate(variant, _plan(provider, precision, wishes, machine))
         for provider in usable
-        for variant, suitable in _for_provider(provider, variants, wishes, machine)
+        for variant, precision in _for_provider(provider, variants, wishes, machine)
     ]
     if not found:
         names = ", ".join(providers.short_name(provider) for provider in usable)
@@ -125,21 +110,14 @@ def _variants(version: ModelVersion, wanted: str) -> tuple[Variant, ...]:
 
 def _for_provider(
     provider: str, variants: Sequence[Variant], wishes: Wishes, machine: Machine
-) -> Iterator[tuple[Variant, _Suitable]]:
+) -> Iterator[tuple[Variant, str]]:
     by_name: dict[str, Variant] = {variant.name: variant for variant in variants}
-    suitable = [each for each in _suitable(provider, machine) if each.variant in by_name]
+    suitable = [(name, precision) for name, precision in _SUITABLE[provider] if name in by_name]
     if not suitable and wishes.variant != AUTO:  # pinned: the operator knows why
-        suitable = [_Suitable(wishes.variant)]
-    for each in suitable:
-        yield by_name[each.variant], each
-
-
-def _suitable(provider: str, machine: Machine) -> tuple[_Suitable, ...]:
-    if provider == OPENVINO:
-        for flag, suitable in _OPENVINO_WITH_BF16.items():
-            if flag in machine.cpu_flags:
-                return suitable
-    return _SUITABLE[provider]
+        suitable = [(wishes.variant, "")]
+    for name, precision in suitable:
+        if precision != "bf16" or _BF16_FLAGS & machine.cpu_flags:
+            yield by_name[name], precision
 
 
 def _plan(provider: str, precision: str, wishes: Wishes, machine: Machine) -> Plan:

@@ -18,7 +18,7 @@ from service.engine import OrtEngine
 from service.errors import ArtifactError, ProviderError
 from service.plan_cache import PlanCache, Row, Table
 from service.preprocess import Pixels
-from service.providers import AUTO, CPU, GPU_PROVIDERS, OPENVINO
+from service.providers import AUTO, CPU, GPU_PROVIDERS, OPENVINO, TENSORRT
 from service.sessions import Loaded
 
 _log = logs.get("plan")
@@ -150,8 +150,10 @@ class Selector:
         """Why a candidate need not be tried; empty if it has to be."""
         passed = [row for row in rows if row.images_per_second]
         provider = candidate.plan.provider
-        file = candidate.variant.file
-        if candidate.last_resort and any((row.provider, row.file) == (provider, file) for row in passed):
+        # TensorRT compiles for minutes; to try one more precision of a file elsewhere takes a second.
+        if provider == TENSORRT and any(
+            row.provider == provider and row.file == candidate.variant.file for row in passed
+        ):
             return "the same file passes in a faster precision"
         if passed and elapsed_s > wishes.budget_s:
             return f"the budget of {wishes.budget_s:g} s is spent"

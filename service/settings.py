@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -279,7 +280,14 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then environment, then the file that `load` names; no .env files and no secrets directory."""
         del dotenv_settings, file_secret_settings
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, _StrictYamlSource(settings_cls)
+
+
+class _StrictYamlSource(YamlConfigSettingsSource):
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
+        """As the base class, which lets the last of equal keys win."""
+        tree: dict[str, Any] = strict_yaml.parse(file_path.read_text(encoding="utf-8")) or {}
+        return tree
 
 
 def _names(value: Any) -> Any:
@@ -306,11 +314,9 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
         )
 
     class _WithFile(Settings):
-        model_config = SettingsConfigDict(yaml_file=config, yaml_file_encoding="utf-8")
+        model_config = SettingsConfigDict(yaml_file=config)
 
     try:
-        if config is not None:  # pydantic's reader would let the last of equal keys win
-            strict_yaml.parse(config.read_text(encoding="utf-8"))
         return _WithFile(**dict(flags or {}))
     except ValidationError as error:
         faults = "; ".join(

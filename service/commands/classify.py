@@ -67,11 +67,10 @@ def classify(
     files = list(_files(images))
     failed = answered = 0
     with Client(server, timeout_s, tls=tls) as client:
+        query = pb.ClassifyRequest(model=model, version=version, top_k=top_k, min_score=min_score)
         for batch in _batches(files):
-            request = pb.ClassifyRequest(
-                model=model, version=version, images=[data for _, data in batch], top_k=top_k, min_score=min_score
-            )
-            for (name, _), outcome in zip(batch, _outcomes(client, request), strict=True):
+            outcomes = _outcomes(client, query, [data for _, data in batch])
+            for (name, _), outcome in zip(batch, outcomes, strict=True):
                 failed += outcome.WhichOneof("outcome") == "error"
                 answered += 1
                 click.echo(_as_json(name, outcome) if as_json else _as_text(name, outcome))
@@ -120,7 +119,7 @@ def _batches(files: Iterable[Path]) -> Iterator[list[tuple[str, bytes]]]:
         yield batch
 
 
-def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageResult]:
+def _outcomes(client: Client, query: pb.ClassifyRequest, images: Sequence[bytes]) -> Sequence[pb.ImageResult]:
     """The server's result for each image; when it refused all of them, each one's own refusal.
 
     A server may allow less in one request than is sent here: what it refuses as a whole is sent in halves, down to the
@@ -130,6 +129,8 @@ def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageR
 
     from service.exits import ServerRefusedError
 
+    request = pb.ClassifyRequest(images=images)
+    request.MergeFrom(query)
     try:
         return client.classify(request).results
     except ServerRefusedError as refused:
@@ -139,21 +140,11 @@ def _outcomes(client: Client, request: pb.ClassifyRequest) -> Sequence[pb.ImageR
             return [pb.ImageResult(error=pb.ImageError(message=each.partition(": ")[2])) for each in faults]
         if not any(reason in said for reason in _TOO_MUCH):
             raise
-        if len(request.images) == 1:
+        if len(images) == 1:
             fault = pb.ImageError(reason=pb.ImageError.TOO_LARGE, message=said.partition(": ")[2])
             return [pb.ImageResult(error=fault)]
-    middle = len(request.images) // 2
-    return [found for half in _halves(request, middle) for found in _outcomes(client, half)]
-
-
-def _halves(request: pb.ClassifyRequest, middle: int) -> Iterator[pb.ClassifyRequest]:
-    from convoy.v1 import image_classifier_pb2 as pb
-
-    for images in (request.images[:middle], request.images[middle:]):
-        half = pb.ClassifyRequest()
-        half.CopyFrom(request)
-        half.images[:] = images
-        yield half
+    middle = len(images) // 2
+    return [*_outcomes(client, query, images[:middle]), *_outcomes(client, query, images[middle:])]
 
 
 def _as_json(name: str, outcome: pb.ImageResult) -> str:
