@@ -82,7 +82,7 @@ def plan(experiment: Experiment, entry: Architecture) -> tuple[Phase, ...]:
 def stage_table(model: Classifier, entry: Architecture, report: LoadReport, phases: Sequence[Phase]) -> Table:
     """A row per stage: how many tensors were loaded, adapted or newly drawn, and in which phases it learns how fast."""
     table = Table(title=f"{entry.name} from {report.path.name}", title_justify="left")
-    for column in ("stage", "parameters", "weights", *(f"{p.name} ({p.epochs} epochs)" for p in phases)):
+    for column in ("stage", "parameters", "weights", *(_headed(phase) for phase in phases)):
         table.add_column(column, justify="right" if column == "parameters" else "left")
     for stage in entry.stages:
         parameters = {n: p for n, p in model.named_parameters() if within(n, stage)}
@@ -92,6 +92,10 @@ def stage_table(model: Classifier, entry: Architecture, report: LoadReport, phas
             count = sum(p.numel() for p in parameters.values())
             table.add_row(", ".join(stage), f"{count:,}", _origin(list(parameters), report), *rates)
     return table
+
+
+def _headed(phase: Phase) -> str:
+    return f"{phase.name} ({phase.epochs} epoch{'' if phase.epochs == 1 else 's'})"
 
 
 def _probe(entry: Architecture, head: tuple[str, ...], epochs: int, config: TransferConfig) -> Phase:

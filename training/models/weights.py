@@ -69,7 +69,9 @@ def load_weights(
 ) -> LoadReport:
     """Loads a checkpoint of the same architecture into `model`; on an error the model is unchanged.
 
-    Two differences are no error. The file may have auxiliary heads that the model was built without. And it may lack
+    Three differences are no error. What stands before every name of the file is left out: "module." is from
+    `DistributedDataParallel`, "_orig_mod." from `torch.compile`, others from modules that people put a classifier into.
+    The file may have auxiliary heads that the model was built without. And it may lack
     all of BatchNorm's `num_batches_tracked`, which PyTorch did not have before 0.4.1 and which older files of
     torchvision lack (resnet50-0676ba61, inception_v3_google-0cc3c7bd); they are not used in the computation.
 
@@ -85,9 +87,10 @@ def load_weights(
         WeightsMismatchError: names or shapes differ; the message lists them both ways.
     """
     file = read_weights(Path(path), check_hash=check_hash)
-    own, state = model.state_dict(), dict(file.state)
+    own = model.state_dict()
+    state = raw = _unwrapped(file.state, own)
     if adapt_input:
-        state = adapt_input_channels(state, describe(model.config.name).stem, model.config.in_channels)
+        state = adapt_input_channels(raw, describe(model.config.name).stem, model.config.in_channels)
     skipped = {name for name in state if within(name, (*ignore, *_missing_aux(model)))}
     replaced = {name for name in own if within(name, ignore)} | (set() if _counters(state) else _counters(own))
     wanted = {name: tensor for name, tensor in own.items() if name not in replaced}
@@ -100,10 +103,21 @@ def load_weights(
         sha256=file.sha256,
         verified=file.verified,
         loaded=tuple(wanted),
-        adapted=tuple(name for name in wanted if given[name] is not file.state[name]),
+        adapted=tuple(name for name in wanted if given[name] is not raw[name]),
         replaced=tuple(name for name in own if name in replaced),
         skipped=tuple(name for name in state if name in skipped),
     )
+
+
+def _unwrapped(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """The entries without a first part that all their names share and none of the model's `own` has."""
+    known = {name.partition(".")[0] for name in own}
+    unwrapped = dict(state)
+    while len(parts := {name.partition(".")[0] for name in unwrapped}) == 1 and not parts & known:
+        if not all("." in name for name in unwrapped):
+            break
+        unwrapped = {name.partition(".")[2]: tensor for name, tensor in unwrapped.items()}
+    return unwrapped
 
 
 def adapt_input_channels(state: Mapping[str, Tensor], stem: str, in_channels: int) -> dict[str, Tensor]:

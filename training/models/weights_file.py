@@ -27,8 +27,6 @@ from training.models.registry import published
 _HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
 # Where training scripts put the weights among other things, torchvision's reference scripts under the first.
 _NESTED = ("model", "state_dict", "model_state_dict")
-# What `nn.DataParallel`, `DistributedDataParallel` and `torch.compile` put before every name.
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,4 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     state = next(nested, content)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise TrainingError(f"{path} holds no weights: names with tensors, alone or under {' or '.join(_NESTED)}")
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
     return dict(state)

@@ -59,6 +59,41 @@ def test_safetensors_and_checkpoints_of_training_load_alike(tmp_path):
         assert equal(model.state_dict(), source.state_dict())
 
 
+def named(change):
+    return lambda state: {change(key): tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "backbone.", "net.model."])
+def test_what_stands_before_every_name_is_left_out(saved, before):
+    path, _ = saved(named(lambda key: before + key))
+    model = resnet()
+    report = load_weights(model, path, adapt_input=True)
+    assert equal(model.state_dict(), resnet(seed=1).state_dict())
+    assert report.loaded == tuple(model.state_dict())
+    assert report.adapted == report.skipped == ()
+
+
+def test_a_part_that_only_some_names_begin_with_is_a_difference(saved):
+    path, _ = saved(named(lambda key: key if key.startswith("fc.") else f"backbone.{key}"))
+    with pytest.raises(WeightsMismatchError, match=r"unknown to the model \(backbone\.conv1\.weight"):
+        load_weights(resnet(), path)
+
+
+@pytest.mark.parametrize("part", ["fc", "layer1"])
+def test_a_part_of_the_model_is_not_taken_for_a_wrapper(saved, part):
+    path, _ = saved(lambda state: {key: tensor for key, tensor in state.items() if key.startswith(f"{part}.")})
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_weights(resnet(), path)
+    assert caught.value.unexpected == ()
+    assert "conv1.weight" in caught.value.missing
+
+
+def test_a_file_of_one_layer_is_no_wrapper(saved):
+    path, _ = saved(lambda state: {"head.weight": state["fc.weight"], "bias": state["fc.bias"]})
+    with pytest.raises(WeightsMismatchError, match=r"unknown to the model \(head\.weight, bias\)"):
+        load_weights(resnet(), path)
+
+
 def test_differences_are_listed_both_ways_and_the_model_stays(saved):
     def change(state):
         state["extra.weight"] = torch.ones(1)
@@ -82,7 +117,7 @@ def test_differences_are_listed_both_ways_and_the_model_stays(saved):
 
 
 def test_a_long_list_is_shortened_in_the_message_only(saved):
-    path, state = saved(lambda state: {f"backbone.{name}": tensor for name, tensor in state.items()})
+    path, state = saved(named(lambda key: f"x{key}"))
     with pytest.raises(WeightsMismatchError, match=r"layer1\.0\.bn1\.weight and 114 more") as caught:
         load_weights(resnet(), path)
     assert len(caught.value.missing) == len(caught.value.unexpected) == len(state) == 122

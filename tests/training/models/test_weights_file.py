@@ -47,11 +47,6 @@ def test_weights_are_found_among_other_things(tmp_path, key):
     assert_is_state(read_weights(write(tmp_path / "last.pt", {"epoch": 3, key: STATE, "optimizer": {"lr": 0.1}})))
 
 
-@pytest.mark.parametrize("prefixes", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_wrappers_are_removed(tmp_path, prefixes):
-    assert_is_state(read_weights(write(tmp_path / "net.pth", {prefixes + name: STATE[name] for name in STATE})))
-
-
 def test_parameters_are_read_like_tensors(tmp_path):
     parameters = {name: nn.Parameter(tensor) for name, tensor in STATE.items()}
     assert_is_state(read_weights(write(tmp_path / "net.pth", parameters)))
