@@ -84,7 +84,8 @@ def image_input(model: onnx.ModelProto, layout: Layout | None, size: tuple[int, 
     if dtype is None:
         kind = TensorProto.DataType.Name(tensor.elem_type)
         raise ArtifactError(f"input {inputs[0].name} is {kind}; float32 and float16 images can be imported")
-    shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
+    # Open dimensions have a name, nothing, or with some converters (paddle2onnx) the value -1.
+    shape = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
     found = layout or _layout(inputs[0].name, shape)
     channel_axis, spatial = (1, shape[2:]) if found == "nchw" else (3, shape[1:3])
     channels = shape[channel_axis] if len(shape) == 4 else None  # noqa: PLR2004  N, C, H and W
@@ -92,7 +93,7 @@ def image_input(model: onnx.ModelProto, layout: Layout | None, size: tuple[int, 
         raise ArtifactError(f"input {inputs[0].name} has shape {_shown(shape)}; as {found} it needs 1 or 3 channels")
     height, width = _size(spatial, size)
     return ImageInput(
-        inputs[0].name, dtype, found, shape[0] or None, height, width, 1 if channels == 1 else 3
+        inputs[0].name, dtype, found, shape[0], height, width, 1 if channels == 1 else 3
     )  # fmt: skip
 
 

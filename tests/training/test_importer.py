@@ -418,10 +418,10 @@ def test_what_the_shape_leaves_open_has_to_be_said(tmp_path, request_for, reposi
         import_version(request_for(), repository)
 
 
-def test_a_graph_for_any_size_is_fixed_to_the_one_that_was_asked_for(tmp_path, request_for, repository):
+@pytest.mark.parametrize("shape", [["n", 3, "h", "w"], [None, 3, None, None], [-1, 3, -1, -1]])
+def test_a_graph_for_any_size_is_fixed_to_the_one_that_was_asked_for(tmp_path, request_for, repository, shape):
     body, weights = pooled()
     path = tmp_path / "net.onnx"
-    shape = ["n", 3, "h", "w"]
     hand_made(path, shape=shape, body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
 
     version = import_version(request_for(size=(10, 12)), repository)
