@@ -263,7 +263,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{file} cannot be read as an experiment file: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigurationError(f"{file} is no experiment file: it has to hold sections such as `loop:` and `data:`")
-    return tree
+    # Where all settings of a section are commented out, nothing is left of it but its name.
+    return {
+        name: section for name, section in tree.items() if section is not None or name not in Experiment.model_fields
+    }
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

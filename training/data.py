@@ -14,6 +14,8 @@ from service.errors import DataError
 from training.listing import SPLIT_ALIASES, SUFFIXES, TRAIN, Entry, Listing, is_image, listing_of
 from training.tables import list_table
 
+_ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"})
+
 
 def list_images(source: Path) -> Listing:
     """Lists the images of a folder or a table.
@@ -24,6 +26,10 @@ def list_images(source: Path) -> Listing:
         DataError: the source is missing, holds no images or fewer than two classes, or its parts disagree on classes.
     """
     if source.is_file():
+        if source.suffix.lower() in _ARCHIVES:
+            raise DataError(
+                f"{source} is an archive; unpack it and give the folder (tar shards: the folder they are in)"
+            )
         return list_table(source)
     if not source.is_dir():
         raise DataError(f"{source} does not exist; give a folder that holds one folder of images per class, or a CSV")

@@ -67,8 +67,12 @@ class Entry:
     split: int = UNDECIDED
 
 
-def listing_of(root: Path, entries: Sequence[Entry], classes: Sequence[str] | None = None) -> Listing:
+def listing_of(
+    root: Path, entries: Sequence[Entry], classes: Sequence[str] | None = None, *, source: Path | None = None
+) -> Listing:
     """The listing of some entries, in their order; classes sorted by name unless they are given.
+
+    `source`: what was read, where that is not `root`; for messages.
 
     Raises:
         DataError: fewer than two classes, or a name that is no text.
@@ -76,7 +80,9 @@ def listing_of(root: Path, entries: Sequence[Entry], classes: Sequence[str] | No
     _check_names(entries)
     classes = tuple(sorted({entry.label for entry in entries}) if classes is None else classes)
     if len(classes) < 2:  # noqa: PLR2004 - a classifier needs two
-        raise DataError(f"{root} holds only one class ({', '.join(classes)}); a classifier needs at least two")
+        raise DataError(
+            f"{source or root} holds only one class ({', '.join(classes)}); a classifier needs at least two"
+        )
     number = {name: index for index, name in enumerate(classes)}
     return Listing(
         root=root,

@@ -22,6 +22,7 @@ from training.pixels import unit_range
 from training.prepare import input_spec, train_spec
 from training.read import count_channels, read_one
 from training.seeds import Purpose, derive
+from training.shards import is_sharded
 
 _GAP = 2
 _SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor
@@ -52,6 +53,8 @@ def write_preview(experiment: Experiment, source: Path, output: Path, *, rows: i
 
 def _sample(experiment: Experiment, source: Path, count: int) -> torch.Tensor:
     """uint8[N, H, W, C]: usable images, chosen by the seed."""
+    if is_sharded(source):
+        raise DataError(f"{source} holds tar shards, which cannot be previewed; unpack one of them into class folders")
     listing = list_images(source)
     spec = input_spec(
         experiment.input, describe(experiment.model.name), experiment.input.channels or count_channels(listing)

@@ -27,7 +27,7 @@ def list_table(file: Path) -> Listing:
     entries = table_entries(file)
     if not entries:
         raise DataError(f"{file} lists no images")
-    return listing_of(file.parent, entries)
+    return listing_of(file.parent, entries, source=file)
 
 
 def table_entries(file: Path) -> list[Entry]:

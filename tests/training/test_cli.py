@@ -134,3 +134,9 @@ def test_the_preview_is_a_grid(digit_folder, tmp_path):
         assert picture.size == (4 * 66, 3 * 66)
         tiles = [picture.crop((66 * x, 0, 66 * x + 64, 64)).tobytes() for x in range(4)]
     assert len(set(tiles)) == 4
+
+
+def test_shards_are_not_previewed(tmp_path):
+    (tmp_path / "train-000.tar").touch()
+    result = CliRunner().invoke(augment_preview, [str(tmp_path), "--output", str(tmp_path / "grid.png")])
+    assert "holds tar shards, which cannot be previewed" in str(result.exception)

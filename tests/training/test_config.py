@@ -49,6 +49,15 @@ def test_says_which_setting_is_wrong_and_where(tmp_path, text, message):
     assert str(file) in str(error.value)
 
 
+def test_a_section_that_is_all_comments_has_its_defaults(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text("augment:\n  # rotation_degrees: 5\nloop:\n")
+    assert load_experiment(file, {"loop.epochs": 3}) == load_experiment(None, {"loop.epochs": 3})
+    file.write_text("lop:\n")
+    with pytest.raises(ConfigurationError, match="lop is not a setting"):
+        load_experiment(file, {})
+
+
 def test_numbers_may_have_an_exponent(tmp_path):
     """To YAML 1.1, 1e-3 without a point is text."""
     file = tmp_path / "experiment.yaml"

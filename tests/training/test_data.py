@@ -68,6 +68,13 @@ def test_a_missing_source_is_named(tmp_path):
         list_images(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz", "shards.TAR"])
+def test_an_archive_is_to_be_unpacked(tmp_path, name):
+    make(tmp_path, name)
+    with pytest.raises(DataError, match=rf"{name} is an archive; unpack it"):
+        list_images(tmp_path / name)
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     make(tmp_path, "photos/a/1.png", "photos/b/2.png", "elsewhere/deep/3.png")
     (tmp_path / "photos/a/more").symlink_to(tmp_path / "elsewhere")
