@@ -37,6 +37,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 # Hashed in half a millisecond. A larger buffer is longer cleared under Python's lock; with a smaller one the lock
 # changes hands more often.
+_LARGEST_VERSION = 2**63 - 1  # of an int64, as the API has it
 _CHUNK_BYTES = 512 << 10
 
 
@@ -156,7 +157,7 @@ class Manifest(_Strict):
 
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
-    version: Annotated[int, Field(ge=1)]
+    version: Annotated[int, Field(ge=1, le=_LARGEST_VERSION)]
     created: datetime
     architecture: str
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
@@ -282,7 +283,7 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"{file} cannot be read: {error}") from error
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is not JSON: {error}") from error
     found = raw.get("schema_version") if isinstance(raw, dict) else None
     if found != SCHEMA_VERSION:
@@ -348,8 +349,8 @@ def versions(model_dir: Path) -> list[int]:
 
 
 def is_version(name: str) -> bool:
-    """Whether a directory's name is a version number as everybody writes it: 4, and not 04."""
-    return re.fullmatch(r"[1-9][0-9]*", name) is not None
+    """Whether a directory's name is a version number as everybody writes it, 4 and not 04, and the API can name it."""
+    return re.fullmatch(r"[1-9][0-9]{0,18}", name) is not None and int(name) <= _LARGEST_VERSION
 
 
 def _pieces(path: Path) -> Iterator[memoryview]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from service import threads
 from service.artifact import ModelVersion
 from service.engine import Engine
-from service.errors import ArtifactError, InvalidImageError
+from service.errors import ArtifactError, CanaryError, InvalidImageError
 from service.preprocess import Pixels, preprocess
 
 
@@ -22,7 +22,7 @@ def check(version: ModelVersion, engine: Engine) -> float:
         The largest absolute difference of a probability.
 
     Raises:
-        ArtifactError: it is above the version's tolerance, or not finite.
+        CanaryError: it is above the version's tolerance, or not finite.
     """
     images = pixels(version)
     return compare(version, threads.in_background(_probabilities, engine, images), engine)
@@ -52,14 +52,15 @@ def compare(version: ModelVersion, probabilities: NDArray[np.float32], engine: E
         The largest absolute difference.
 
     Raises:
-        ArtifactError: it is above what the version allows the engine's variant, or not finite.
+        CanaryError: it is above what the version allows the engine's variant, or not finite.
     """
     allowed = version.manifest.tolerance(engine.variant)
     worst = float(np.max(np.abs(probabilities - np.asarray(version.manifest.canary.probabilities, np.float32))))
     if not worst <= allowed:  # catches NaN, too
-        raise ArtifactError(
+        raise CanaryError(
             f"{version.path}: the canary's probabilities are off by {worst:.4g} with {engine.variant} on "
             f"{engine.provider}, allowed are {allowed:g}; the model file, the provider or the preprocessing is not "
-            "what it was"
+            "what it was",
+            worst,
         )
     return worst

@@ -107,6 +107,18 @@ class ArtifactError(ConvoyError):
     """A model version on disk breaks the contract of `service.artifact`."""
 
 
+class CanaryError(ArtifactError):
+    """A model version that gives other answers than where it was exported.
+
+    Attributes:
+        difference: the largest one of a probability; NaN where an answer is not finite.
+    """
+
+    def __init__(self, message: str, difference: float) -> None:
+        super().__init__(message)
+        self.difference = difference
+
+
 class OutOfReachError(ArtifactError):
     """A model version that cannot be fetched from where it lies; trying again may help."""
 

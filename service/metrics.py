@@ -107,6 +107,10 @@ class Metrics:
         self.model_load_failures = Counter(
             "convoy_model_load_failures", "Versions that could not be loaded.", ("model",), registry=registry
         )
+        self.repository_reachable = Gauge(
+            "convoy_repository_reachable", "1 if the last look at the repository succeeded.", registry=registry
+        )
+        self.repository_reachable.set(1)
         self.canary_difference = Gauge(
             "convoy_canary_difference",
             "Largest difference of a canary's probability.",
@@ -159,8 +163,14 @@ class Metrics:
         labels = (model, str(version))
         self.model_info.labels(*labels, digest, provider, variant).set(1)
         self.model_load_seconds.labels(*labels).set(load_s)
-        self.canary_difference.labels(*labels).set(canary_difference)
-        self.canary_ok.labels(*labels).set(1)
+        self.canary(model, version, ok=True, difference=canary_difference)
+
+    def canary(self, model: str, version: int, *, ok: bool, difference: float | None) -> None:
+        """A served version's canary ran; `difference` is None if the runtime failed on it."""
+        labels = (model, str(version))
+        self.canary_ok.labels(*labels).set(ok)
+        if difference is not None:
+            self.canary_difference.labels(*labels).set(difference)
 
     def model_gone(self, model: str, version: int, *, digest: str, provider: str, variant: str) -> None:
         """A version is out of service: its series end, so that no alert looks at it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any
 from service import logs
 from service.errors import (
     ArtifactError,
+    CanaryError,
     ConfigurationError,
     ConvoyError,
+    EngineError,
     InvalidRequestError,
     ModelNotReadyError,
     NotFoundError,
@@ -189,8 +191,10 @@ class Repository:
         try:
             present = await self._present(everything=True)
         except ConfigurationError as error:
+            self._metrics.repository_reachable.set(0)
             _log.warning("repository cannot be read", error=str(error))
             return
+        self._metrics.repository_reachable.set(1)
         self._forget(present)
         for name, numbers in sorted(present.items()):
             known = self._models.get(name)
@@ -260,31 +264,38 @@ class Repository:
         present = (await self._present(everything=True)).get(name, [])
         if unknown := routing.missing({*present, *served}):
             raise InvalidRequestError(f"model {name} has no version {', '.join(map(str, unknown))}; it has {present}")
-        before = self._models[name].routing
-        self._models[name].routing = Routing(routing.versions, before.traffic, before.shadow)
-        try:
-            for number in routing.needed(present):
-                async with self._changing:
-                    await self._replace(name, number)
-        except ConvoyError:
-            self._models[name].routing = before
-            raise
-        self._models[name].routing = routing
-        self._models[name].by_hand.clear()
+        async with self._changing:
+            # Nothing answers before everything is there: a version in service may take traffic.
+            loaded = await self._loaded_beside(name, routing.needed(present))
+            model = self._models[name]
+            model.routing = routing
+            model.by_hand.clear()
+            for each in loaded:
+                self._admit(model, *each)
         await self._settle(name, present, strict=False)
 
     async def check_canaries(self) -> None:
-        """Runs every served version's canary once; a failure is logged and shows in the metrics."""
+        """Runs every served version's canary once; a failure is logged and shows in the metrics.
+
+        One that could not be run, because the server is busy or an image is out of reach, says nothing of the answers.
+        """
         for served in list(self):
-            labels = (served.name, str(served.number))
+            difference: float | None = None
+            wrong: ConvoyError | None = None
             try:
                 difference = await served.canary()
+            except CanaryError as error:
+                difference, wrong = error.difference, error
+            except EngineError as error:
+                wrong = error
             except ConvoyError as error:
-                self._metrics.canary_ok.labels(*labels).set(0)
-                _log.error("canary failed", model=served.name, version=served.number, error=str(error))
-            else:
-                self._metrics.canary_ok.labels(*labels).set(1)
-                self._metrics.canary_difference.labels(*labels).set(difference)
+                _log.warning("canary could not run", model=served.name, version=served.number, error=str(error))
+                continue
+            if self._models[served.name].served.get(served.number) is not served:
+                continue  # retired meanwhile: its series have ended
+            self._metrics.canary(served.name, served.number, ok=wrong is None, difference=difference)
+            if wrong is not None:
+                _log.error("canary failed", model=served.name, version=served.number, error=str(wrong))
 
     async def close(self) -> None:
         """Retires everything and waits for it; changes under way are given up."""
@@ -387,6 +398,27 @@ class Repository:
             return
         if not fingerprint and number in model.served:
             return  # gone from the source: what is served stays until something takes its place
+        self._admit(model, *await self._loaded(name, number, fingerprint))
+
+    async def _loaded_beside(self, name: str, numbers: Iterable[int]) -> list[tuple[ServedModel, float]]:
+        """Those versions that are not in service as they are in the source now; all of them, or none."""
+        model = self._model(name)
+        loaded: list[tuple[ServedModel, float]] = []
+        try:
+            for number in numbers:
+                fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
+                if number not in model.served or fingerprint not in ((), model.seen.get(number)):
+                    loaded.append(await self._loaded(name, number, fingerprint))
+        except BaseException:
+            for served, _ in loaded:
+                model.seen.pop(served.number, None)
+                await served.release(0)
+            raise
+        return loaded
+
+    async def _loaded(self, name: str, number: int, fingerprint: Fingerprint) -> tuple[ServedModel, float]:
+        """A version that is ready to serve, and its canary's largest difference; a failure is counted and kept."""
+        model = self._model(name)
         model.seen[number] = fingerprint
         try:
             path = await asyncio.to_thread(self._source.fetch, name, number)
@@ -395,14 +427,18 @@ class Repository:
             if served.name != name:
                 await served.release(0)
                 raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
+        except OSError as error:
+            failure: ConvoyError = ArtifactError(f"{name} version {number} cannot be read: {error}")
         except ConvoyError as error:
-            model.failed[number] = str(error)
-            if isinstance(error, OutOfReachError):
-                del model.seen[number]
-            self._metrics.model_load_failures.labels(model=name).inc()
-            _log.error("model not loaded", model=name, version=number, error=str(error))
-            raise
-        self._admit(model, served, difference)
+            failure = error
+        else:
+            return served, difference
+        model.failed[number] = str(failure)
+        if isinstance(failure, OutOfReachError):
+            del model.seen[number]
+        self._metrics.model_load_failures.labels(model=name).inc()
+        _log.error("model not loaded", model=name, version=number, error=str(failure))
+        raise failure
 
     def _admit(self, model: _Model, served: ServedModel, difference: float) -> None:
         """From the next request on this version is in service."""

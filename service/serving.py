@@ -15,7 +15,7 @@ from service.artifact import ModelVersion
 from service.batcher import Batcher, Job, Observer
 from service.codel import CoDel
 from service.engine import Engine, Outputs
-from service.errors import DeviceLostError
+from service.errors import DeviceLostError, ExpiredError
 from service.latency import LatencyTable
 from service.preprocess import Pixels
 from service.schedule import Part
@@ -73,12 +73,19 @@ class ServedModel:
         """Runs the canary as an ordinary, patient request beside the traffic.
 
         Raises:
-            ArtifactError: the answers are not what they were.
+            CanaryError: the answers are not what they were.
+            ArtifactError: its images cannot be read now.
+            ExpiredError, OverloadedError, DrainingError: it did not get its turn.
+            EngineError: the runtime failed.
         """
         with self.in_use():
             pixels = await asyncio.to_thread(canary.pixels, self.version)
             deadline = time.monotonic() + _CANARY_DEADLINE_S
-            done = await self.batcher.submit(pixels, len(pixels), deadline, priority=_LOW_PRIORITY)
+            running = self.batcher.submit(pixels, len(pixels), deadline, priority=_LOW_PRIORITY)
+            try:
+                done = await asyncio.wait_for(running, _CANARY_DEADLINE_S)
+            except TimeoutError:  # the batcher looks at what it passes over only when it has nothing better to do
+                raise ExpiredError(f"it did not get its turn within {_CANARY_DEADLINE_S:g} s") from None
         return canary.compare(self.version, done.rejoined(join_outputs).probabilities, self.engine)
 
     async def release(self, timeout_s: float) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from service import artifact, publication
+from service import artifact, logs, publication
 from service.errors import ArtifactError, ConfigurationError, OutOfReachError
+
+_log = logs.get("repository")
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 
@@ -61,9 +63,10 @@ class LocalSource:
     def __init__(self, root: Path) -> None:
         self.location = str(root)
         self._root = root
+        self._passed_over: Mapping[Path, str] = {}
 
     def models(self) -> dict[str, list[int]]:
-        """Every directory `<name>/<number>/` with a manifest."""
+        """Every directory `<name>/<number>/` with a manifest; what cannot be read is logged, and the others stay."""
         try:
             models = sorted(path for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
         except FileNotFoundError:
@@ -73,8 +76,19 @@ class LocalSource:
             ) from None
         except OSError as error:
             raise ConfigurationError(f"the repository {self._root} cannot be read: {error.strerror}") from error
-        found = ((path.name, self._complete(path)) for path in models)
-        return {name: numbers for name, numbers in found if len(numbers)}
+        found, passed_over = {}, {}
+        for path in models:
+            try:
+                path.name.encode()  # names become labels of metrics, and text in messages
+                found[path.name] = self._complete(path)
+            except UnicodeEncodeError:
+                passed_over[path] = "its name is not in UTF-8; rename it"
+            except OSError as error:
+                passed_over[path] = f"it cannot be read: {error}"
+        for path in passed_over.keys() - self._passed_over.keys():  # once, not at each look
+            _log.warning("directory passed over", path=ascii(str(path)), reason=passed_over[path])
+        self._passed_over = passed_over
+        return {name: numbers for name, numbers in found.items() if numbers}
 
     def fetch(self, name: str, number: int) -> Path:
         """The directory itself."""

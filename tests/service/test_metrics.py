@@ -36,6 +36,7 @@ def test_the_names_that_dashboards_rely_on_are_there(metrics):
         "convoy_model_info",
         "convoy_model_load_failures_total",
         "convoy_canary_ok",
+        "convoy_repository_reachable",
         "convoy_event_loop_lag_seconds",
         "convoy_ready",
     ):

@@ -2,16 +2,26 @@
 
 import asyncio
 import itertools
+import math
+import os
 import shutil
 import threading
 from contextlib import asynccontextmanager
 
+import prometheus_client
 import pytest
 import structlog
 import toys
 
-from service import serving
-from service.errors import ConfigurationError, ModelNotReadyError, NotFoundError, OutOfReachError
+from service import artifact, serving
+from service.errors import (
+    ArtifactError,
+    ConfigurationError,
+    EngineError,
+    ModelNotReadyError,
+    NotFoundError,
+    OutOfReachError,
+)
 from service.metrics import Metrics
 from service.repository import Repository
 from service.routing import Routing
@@ -301,3 +311,176 @@ async def test_only_what_loads_beside_a_served_model_loads_gently(root):
         await repository.load_all()
         await repository.load("grey")
     assert gently == [False, True]
+
+
+def broken(root, number):
+    """A version whose canary fails."""
+    return toys.write_version(root, "grey", number, canary_shift=0.5)
+
+
+PINNED = {"grey": Routing(versions="1")}
+
+
+async def test_while_a_route_loads_nothing_of_it_answers(root):
+    gate, loads = Gate(), itertools.count(1)
+
+    def before_load(gently):
+        if next(loads) == 3:  # after the start's and the first of the route's
+            gate(gently)
+
+    async with opened(root, before_load, names=("grey",), routings=PINNED) as repository:
+        await repository.load_all()
+        task = await gate.hold(repository.route("grey", Routing("all", traffic={1: 98.0, 2: 1.0, 10: 1.0})))
+        assert {repository.get("grey").number for _ in range(50)} == {1}
+        gate.open.set()
+        await task
+
+        assert served(repository) == [("grey", 1), ("grey", 2), ("grey", 10)]
+
+
+async def test_a_refused_route_leaves_everything_as_it_was(root):
+    broken(root, 11)
+    async with opened(root, routings=PINNED) as repository:
+        await repository.load_all()
+        before = served(repository)
+        with pytest.raises(ArtifactError, match="canary"):
+            await repository.route("grey", Routing("all", traffic={1: 98.0, 2: 1.0, 11: 1.0}))
+
+        assert served(repository) == before
+        assert repository.get("grey").number == 1
+        assert repository.routing("grey") == PINNED["grey"]
+        await repository.route("grey", Routing("2"))  # what was given up is loaded again
+        assert repository.get("grey").number == 2
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [Routing("11"), Routing("11", traffic={11: 1.0}), Routing(traffic={1: 1.0, 11: 1.0}), Routing("1", shadow=11)],
+    ids=["policy", "all traffic", "split", "shadow"],
+)
+async def test_a_route_to_a_version_that_cannot_be_served_is_refused_each_time(root, routing):
+    broken(root, 11)
+    async with opened(root, routings=PINNED) as repository:
+        await repository.load_all()
+        for _ in range(2):
+            with pytest.raises(ArtifactError, match="canary"):
+                await repository.route("grey", routing)
+            await repository.poll()
+
+        assert repository.get("grey").number == 1
+
+
+async def canary_ok(repository, number=10):
+    await repository.check_canaries()
+    return repository.registry.get_sample_value("convoy_canary_ok", {"model": "grey", "version": str(number)})
+
+
+async def test_a_canary_that_could_not_run_says_nothing_and_one_that_failed_does(root):
+    async with opened(root) as repository:
+        await repository.load_all()
+        model = repository.get("grey")
+        images = model.version.path / artifact.CANARY_DIR
+        images.rename(images.with_name("elsewhere"))
+        assert await canary_ok(repository) == 1
+        images.with_name("elsewhere").rename(images)
+
+        model.engine.fail_next(EngineError("lost"))
+        assert await canary_ok(repository) == 0
+        assert await canary_ok(repository) == 1
+        model.engine.nan_at = model.engine.batches[-1][0]
+        assert await canary_ok(repository) == 0
+        name = "convoy_canary_difference"
+        assert math.isnan(repository.registry.get_sample_value(name, {"model": "grey", "version": "10"}))
+
+
+async def test_a_canary_that_does_not_get_its_turn_is_given_up(root, monkeypatch):
+    monkeypatch.setattr(serving, "_CANARY_DEADLINE_S", 0.2)
+    async with opened(root, names=("grey",)) as repository:
+        await repository.load_all()
+        engine = repository.get("grey").engine
+        engine.pause()
+        try:
+            assert await asyncio.wait_for(canary_ok(repository), 10) == 1
+        finally:
+            engine.resume()
+
+
+async def test_a_canary_of_a_version_that_is_retired_meanwhile_leaves_no_series(root):
+    async with opened(root, names=("grey",)) as repository:
+        await repository.load_all()
+        engine = repository.get("grey").engine
+        engine.pause()
+        checking = asyncio.create_task(repository.check_canaries())
+        await engine.began()
+        await repository.load("grey", 2)
+        await repository.unload("grey", 10)
+        engine.fail_next(EngineError("lost"))
+        engine.resume()
+        await checking
+
+        labels = {"model": "grey", "version": "10"}
+        assert repository.registry.get_sample_value("convoy_canary_ok", labels) is None
+
+
+async def test_a_directory_that_cannot_be_read_or_named_is_passed_over_once(root, monkeypatch):
+    strange = root / os.fsdecode(b"caf\xe9") / "1"
+    strange.mkdir(parents=True)
+    (strange / artifact.MANIFEST).touch()
+    versions = artifact.versions
+
+    def unreadable(path):
+        if path.name == "other":
+            raise PermissionError(13, "Permission denied")
+        return versions(path)
+
+    monkeypatch.setattr(artifact, "versions", unreadable)
+    with structlog.testing.capture_logs() as lines:
+        async with opened(root) as repository:
+            await repository.load_all()
+            await repository.poll()
+            assert served(repository) == [("grey", 10)]
+            prometheus_client.generate_latest(repository.registry)
+
+    reasons = [line["reason"] for line in lines if line["event"] == "directory passed over"]
+    assert len(reasons) == 2
+    assert "not in UTF-8" in " ".join(reasons)
+    assert "Permission denied" in " ".join(reasons)
+
+
+async def test_a_version_that_cannot_be_read_is_counted_and_the_others_go_on(root):
+    def before_load(_):
+        if harmed.is_set():
+            harmed.clear()
+            raise PermissionError(13, "Permission denied")
+
+    harmed = threading.Event()
+    async with opened(root, before_load) as repository:
+        await repository.load_all()
+        toys.write_version(root, "grey", 11)
+        toys.write_version(root, "other", 2)
+        harmed.set()
+        await repository.poll()
+
+        assert served(repository) == [("grey", 10), ("other", 2)]
+        [(name, number, reason)] = repository.failures()
+        assert (name, number) == ("grey", 11)
+        assert "cannot be read" in reason
+
+
+async def test_a_number_that_the_api_cannot_name_is_no_version(root):
+    shutil.copytree(root / "grey" / "10", root / "grey" / str(2**63))
+    async with opened(root) as repository:
+        await repository.load_all()
+        assert repository.get("grey").number == 10
+
+
+async def test_whether_the_repository_can_be_reached_shows_in_the_metrics(root):
+    elsewhere = root.with_name(f"{root.name}-elsewhere")
+    async with opened(root) as repository:
+        await repository.load_all()
+        reached = []
+        for move in (lambda: None, lambda: root.rename(elsewhere), lambda: elsewhere.rename(root)):
+            move()
+            await repository.poll()
+            reached.append(repository.registry.get_sample_value("convoy_repository_reachable"))
+        assert reached == [1, 0, 1]
