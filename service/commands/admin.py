@@ -67,8 +67,9 @@ def status(admin: str, as_json: bool) -> None:
     for model in reply.models:
         routing = _routing_text(model.routing) if model.versions else "not served"
         click.echo(f"{click.style(model.model, bold=True)}  {routing}")
+        split = {served.version for served in model.versions}.intersection(model.routing.traffic)
         for served in model.versions:
-            answers = ", answers" if served.is_default else ""
+            answers = ", answers" if (served.version in split if split else served.is_default) else ""
             click.echo(f"  version {served.version}: {served.architecture} on {served.provider}{answers}")
         for failure in model.failures:
             click.secho(f"  version {failure.version} failed to load: {failure.reason}", fg="red")

@@ -7,11 +7,14 @@ from itertools import count
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from convoy.v1 import admin_pb2, admin_pb2_grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
 from toys import grey_png, real_server, write_version
+
+from service.commands.admin import status
 
 WHITE = grey_png(255)
 
@@ -214,6 +217,17 @@ async def test_traffic_is_split_by_weight(repository):
         # 100 expected, standard deviation 8.7: seven of them away would be one in 10^11.
         assert 40 < versions.count(2) < 160
         assert (await ends.classify(version=1)).version == 1
+
+
+async def test_status_tells_every_version_that_answers(repository):
+    for number in (2, 3):
+        write_version(repository, "grey", number)
+    async with Around(repository) as ends:
+        routing = admin_pb2.Routing(versions="all", traffic={1: 1, 2: 1})
+        await ends.admin.SetRouting(admin_pb2.SetRoutingRequest(model="grey", routing=routing))
+        arguments = ["--admin", f"127.0.0.1:{ends.server.admin_port}"]
+        told = await asyncio.to_thread(CliRunner().invoke, status, arguments)
+        assert [line.endswith("answers") for line in told.output.splitlines()] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(
