@@ -1,11 +1,17 @@
 """Every folder renders, validates in strict mode on three versions of Kubernetes, and keeps its promises."""
 
+import shutil
 import warnings
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
+
+from service.settings import MIB, Settings
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 # The oldest with preStop.sleep switched on, and two newer ones up to the latest whose schemas there are.
 KUBERNETES = ("1.31", "1.34", "1.37")
@@ -90,6 +96,37 @@ def test_every_container_has_requests_and_limits(rendered, target):
                 assert is_quantity(resources["requests"][resource])
                 assert is_quantity(resources["limits"][resource])
             assert bytes_of(resources["requests"]["memory"]) <= bytes_of(resources["limits"]["memory"])
+
+
+# Most bytes that a pixel takes while it is decoded: WebP with transparency. Measured; PNG takes 12, a JPEG 8 at most.
+BYTES_OF_A_PIXEL = 20
+
+
+def assert_memory_suffices(manifests):
+    """Room for the process, its models, requests that wait, and the largest picture in each decode thread."""
+    settings, limits = Settings(**manifests.settings()), manifests.container()["resources"]["limits"]
+    threads = settings.decode_threads or int(limits["cpu"])
+    needed = (300 + 200) * MIB + settings.max_pending_bytes + threads * settings.max_image_pixels * BYTES_OF_A_PIXEL
+    assert bytes_of(limits["memory"]) >= needed
+
+
+def test_the_largest_pictures_on_all_threads_fit_into_memory(rendered, serving):
+    assert_memory_suffices(rendered(serving))
+
+
+@pytest.mark.parametrize("overlay_name", ["dev", "prod-cpu"])
+def test_the_largest_pictures_fit_into_memory_beside_openvino(render, tmp_path, overlay_name):
+    """As docs/deploy.md says: the component in the overlay's list, so that the overlay's own sizes come after it."""
+    shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "overlays" / overlay_name / "kustomization.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["components"].append("../../components/openvino")
+    path.write_text(yaml.safe_dump(content))
+    assert_memory_suffices(render(path.parent))
+
+
+def test_a_camera_s_picture_of_24_megapixels_passes(rendered, serving):
+    assert rendered(serving).settings()["max_image_pixels"] >= 6048 * 4024
 
 
 def test_every_empty_directory_has_a_size(rendered, target):
