@@ -183,14 +183,12 @@ class Admission:
             raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)
         if left_s <= 0:
             raise ExpiredError("the deadline passed before the work began")
-        if self.images + images > self.max_images or (held.images and held.images + images > self._free_images()):
-            raise OverloadedError(
-                f"{self.images} images are pending, of at most {self.max_images}", "images", _RETRY_AFTER_MS
-            )
-        if self.bytes + nbytes > self.max_bytes or (held.bytes and held.bytes + nbytes > self._free_bytes()):
-            raise OverloadedError(
-                f"{self.bytes} bytes are pending, of at most {self.max_bytes}", "bytes", _RETRY_AFTER_MS
-            )
+        free = self.max_images - self.images
+        if images > free or (held.images and held.images + images > free):
+            raise _full("images", images, held.images, self.images, self.max_images)
+        free = self.max_bytes - self.bytes
+        if nbytes > free or (held.bytes and held.bytes + nbytes > free):
+            raise _full("bytes", nbytes, held.bytes, self.bytes, self.max_bytes)
         needed_s = self.forecast_s(flow, images)
         if needed_s > _CONFIDENCE * left_s:
             raise OverloadedError(
@@ -199,17 +197,22 @@ class Admission:
                 max(1, round((needed_s - _CONFIDENCE * left_s) * 1000)),
             )
 
-    def _free_images(self) -> int:
-        return self.max_images - self.images
-
-    def _free_bytes(self) -> int:
-        return self.max_bytes - self.bytes
-
     def _add(self, held: _Flow, images: int, nbytes: int) -> None:
         held.images += images
         held.bytes += nbytes
         self.images += images
         self.bytes += nbytes
+
+
+def _full(what: str, asked: int, held: int, pending: int, most: int) -> OverloadedError:
+    """A refusal that names the bound that was met: that of the house, or of one flow in it."""
+    free = most - pending
+    text = (
+        f"{pending} {what} are pending, of at most {most}"
+        if asked > free
+        else f"{held} of this model's {what} are pending, and it may hold no more than are left free, now {free}"
+    )
+    return OverloadedError(text, what, _RETRY_AFTER_MS)
 
 
 class _Place:

@@ -94,8 +94,8 @@ OPERATOR: list[Row] = [
                 "percentunit",
                 "stat",
                 4,
-                "Pending images or bytes over capacity. At 1 calls are refused.",
-                red_above=0.8,
+                "Pending images or bytes over capacity. One model alone is refused from half on.",
+                red_above=0.4,
             ),
             Panel(
                 "Canaries failing",
@@ -157,7 +157,7 @@ OPERATOR: list[Row] = [
                     "{{pod}}": f"convoy_pending_images{{{SERVICE}}}",
                     "capacity": f"max(convoy_pending_images_limit{{{SERVICE}}})",
                 },
-                what="Admitted and not yet answered. At capacity calls are refused at once.",
+                what="Admitted and not yet answered. One model may hold as many as are left free: alone, half.",
             ),
             Panel(
                 "Pending bytes",

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import kubernetes_validate
@@ -9,6 +10,8 @@ import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
+from service.admission import Admission
+from service.errors import OverloadedError
 from service.settings import MIB, Settings
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -66,6 +69,18 @@ def test_the_monitoring_component_adds_what_it_says(rendered):
     assert {"PodMonitor", "PrometheusRule"} <= kinds
     metrics = rendered("components/monitoring").one("HorizontalPodAutoscaler")["spec"]["metrics"]
     assert [metric["type"] for metric in metrics] == ["ContainerResource", "Pods"]
+
+
+def test_the_autoscaler_adds_pods_before_one_model_alone_is_refused(rendered):
+    """What one flow can fill is what the autoscaler can see of it."""
+    admission = Admission(max_images=256, max_bytes=1)
+    with ExitStack() as held:
+        with suppress(OverloadedError):
+            while True:
+                held.enter_context(admission.admit("model", 1, 0, float("inf")))
+        reached = admission.images / admission.max_images
+    target = rendered("components/monitoring").one("HorizontalPodAutoscaler")["spec"]["metrics"][-1]["pods"]["target"]
+    assert int(target["averageValue"].removesuffix("m")) / 1000 <= reached / 2
 
 
 def pods(rendered_target):

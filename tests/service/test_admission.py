@@ -89,6 +89,22 @@ def test_what_is_beyond_a_bound_is_refused_and_says_which(admission, images, nby
     assert (admission.images, admission.bytes) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("images", "nbytes", "text"),
+    [
+        (20, 0, "40 of this model's images are pending, and it may hold no more than are left free, now 50"),
+        (1, 200, "400 of this model's bytes are pending, and it may hold no more than are left free, now 500"),
+        (60, 0, "50 images are pending, of at most 100"),
+        (1, 600, "500 bytes are pending, of at most 1000"),
+    ],
+)
+def test_a_refusal_names_the_bound_that_was_met(admission, images, nbytes, text):
+    hold(admission, 40, 400, flow="a")
+    hold(admission, 10, 100, flow="b")
+    with pytest.raises(OverloadedError, match=text):
+        hold(admission, images, nbytes, flow="a")
+
+
 @pytest.mark.parametrize("weights", [(1, 0), (0, 10)])
 def test_two_floods_leave_room_for_a_third(admission, weights):
     """Each flow may hold as much as is free: half, then two thirds, then three quarters of the house."""
