@@ -43,7 +43,19 @@ def configure(level: str, style: Literal["auto", "json", "console"]) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
+    handler.addFilter(_is_news)
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for grpc.aio's tracebacks of answers that could not be sent, since their client has gone.
+
+    There is one for each such call, without bound and with nothing to act on: the interceptor has counted the call, and
+    logged it within its bounds if it failed.
+    """
+    return not (
+        record.name == "grpc._cython.cygrpc" and record.getMessage().startswith("ExecuteBatchError raised in core")
+    )
 
 
 def get(name: str) -> structlog.typing.FilteringBoundLogger:

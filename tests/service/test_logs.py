@@ -52,6 +52,18 @@ def test_the_standard_library_logs_the_same_way(written):
     assert (line["event"], line["level"]) == ("slow callback", "warning")
 
 
+def test_an_answer_that_its_client_did_not_wait_for_is_no_line_of_grpc(written):
+    """The wording is that of grpcio 1.85, whether or not the method is an argument of it."""
+    logs.configure("info", "json")
+    grpc_log = logging.getLogger("grpc._cython.cygrpc")
+    grpc_log.error("ExecuteBatchError raised in core by servicer method [/a/b]")
+    grpc_log.error("ExecuteBatchError raised in core by servicer method [%s]", "/a/b")
+    grpc_log.error("Unexpected [ValueError] raised by servicer method [/a/b]")
+    logging.getLogger("other").error("ExecuteBatchError raised in core by servicer method [/a/b]")
+
+    assert [line["event"].partition(" ")[0] for line in lines(written)] == ["Unexpected", "ExecuteBatchError"]
+
+
 def test_a_logger_made_before_the_configuration_follows_it(written):
     early = logs.get("early")
     logs.configure("info", "json")
