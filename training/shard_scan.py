@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fsspec
@@ -32,6 +32,7 @@ from training.tables import table_entries
 
 _CALIBRATION = 512
 _CHUNK = 256
+_FORMAT = 2  # of what a scan leaves; an older one is not opened
 _SET_ASIDE = -2
 _ARRAYS, _FAULTS, _HELD_OUT, _NAMES = "scan.npz", "faults.json", "held-out.csv", "classes.txt"
 
@@ -87,7 +88,7 @@ def scan(
 ) -> Scanned:
     """Scans shards, or opens what an earlier scan of the same shards has left below `parent`.
 
-    Where no shard is named for validation or test, samples are held out by a hash of their key and the seed.
+    Where no shard is named for validation or test, samples are held out by a hash of shard, key and seed.
 
     Raises:
         DataError: a shard cannot be read, there are no training samples, or fewer than two classes.
@@ -126,42 +127,52 @@ class _Scan:
     def run(self, urls: Sequence[str], workers: int, advance: Callable[[int], None]) -> None:
         """Reads every sample and writes what was found."""
         with ThreadPoolExecutor(workers) as pool:
-            for url in urls:
+            for number, url in enumerate(urls):
                 self._seen.append([])
-                part, samples = part_of(url), read_shard(url)
+                samples = enumerate(read_shard(url))
                 while chunk := list(islice(samples, _CHUNK)):
-                    for seen in pool.map(lambda sample, url=url, part=part: self._look(url, part, sample), chunk):
+                    for seen in pool.map(lambda one, shard=(number, url): self._look(*shard, *one), chunk):
                         self._note(seen)
                     advance(len(chunk))
         self._write()
 
-    def _look(self, url: str, part: int, sample: Sample) -> _Seen:
+    def _look(self, number: int, url: str, place: int, sample: Sample) -> _Seen:
         path = f"{url}/{sample.key}{sample.suffix}"
         digest = hashlib.blake2b(sample.image, digest_size=16).digest()
+        if sample.repeated:
+            fault = Fault(path, "ambiguous", f"the sample has more than one {sample.repeated}")
+            return _Seen(_SET_ASIDE, sample.label, path, digest, None, fault)
         if not sample.label or not sample.image:
             what = "label (.cls)" if sample.image else "image"
-            fault = Fault(path, "incomplete", f"the sample has no {what}")
+            message = f"the sample has no {what}; what follows the first dot of a file's name is its type"
+            fault = Fault(path, "incomplete", message)
             return _Seen(_SET_ASIDE, sample.label, path, digest, None, fault)
         try:
             image = preprocess(sample.image, self._spec)
         except InvalidImageError as error:
             return _Seen(_SET_ASIDE, sample.label, path, digest, None, Fault(path, error.reason.value, str(error)))
-        part = self._drawn(sample.key) if part == TRAIN else part
+        part = part_of(url)
+        part = self._drawn(url, sample.key) if part == TRAIN else part
         if part == TRAIN:
             return _Seen(part, sample.label, path, digest, image, None)
-        self._unpack(part, sample)
+        self._unpack(part, sample, f"{number}\0{place}")
         return _Seen(part, sample.label, path, digest, None, None)
 
-    def _drawn(self, key: str) -> int:
-        """Held out by a hash: the same samples whatever the order and the number of shards."""
-        number = hashlib.blake2b(f"{self._seed}\0{key}".encode(), digest_size=8).digest()
+    def _drawn(self, url: str, key: str) -> int:
+        """Held out by a hash: the same samples wherever the shards are, whatever their order and number.
+
+        The shard's name is in it because in many sets the keys start again in each shard.
+        """
+        name = PurePosixPath(url).name
+        number = hashlib.blake2b(f"{self._seed}\0{name}\0{key}".encode(), digest_size=8).digest()
         place = int.from_bytes(number, "big") / 2**64
         if place < self._shares[TEST]:
             return TEST
         return VALIDATION if place < self._shares[TEST] + self._shares[VALIDATION] else TRAIN
 
-    def _unpack(self, part: int, sample: Sample) -> None:
-        name = hashlib.blake2b(sample.key.encode(), digest_size=12).hexdigest() + sample.suffix
+    def _unpack(self, part: int, sample: Sample, place: str) -> None:
+        """Into a file of its own: keys may come again, in one shard and in others."""
+        name = hashlib.blake2b(place.encode(), digest_size=12).hexdigest() + sample.suffix
         folder = self._folder / SPLIT_NAMES[part]
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(sample.image)
@@ -248,7 +259,7 @@ def _class_names(source: Path) -> list[str]:
 
 
 def _key(urls: Sequence[str], spec: InputSpec, shares: Mapping[int, float], seed: int) -> str:
-    total = hashlib.sha256(f"{spec.model_dump_json()}\0{sorted(shares.items())}\0{seed}".encode())
+    total = hashlib.sha256(f"{_FORMAT}\0{spec.model_dump_json()}\0{sorted(shares.items())}\0{seed}".encode())
     for url in urls:
         system, path = fsspec.core.url_to_fs(url)
         try:

@@ -1,7 +1,8 @@
 """Tar shards in the WebDataset layout, for sets that are larger than the disk: read as streams, epoch after epoch.
 
-A sample is a run of files with one key: `<key>.jpg` (or another image) and `<key>.cls`, the class as text. Shards are
-the `*.tar` of a folder, or the lines of a `.txt` file: paths, or URLs that fsspec can open. A shard belongs to the part
+A sample is a run of files with one key: `<key>.jpg` (or another image) and `<key>.cls`, the class as text. The key ends
+at the first dot of the file's name, and what follows is its type: `<key>.seg.png` is no image. Shards are the `*.tar`
+of a folder, or the lines of a `.txt` file: paths, or URLs that fsspec can open. A shard belongs to the part
 of the split that its name begins with (train, val, test); any other name counts as train.
 """
 
@@ -11,6 +12,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
 
@@ -29,16 +31,20 @@ from training.draws import draws
 from training.listing import SPLIT_ALIASES, TRAIN, is_image
 from training.seeds import Purpose, derive
 
-_LABEL_SUFFIX = ".cls"
+_LABEL = "cls"
 
 
 class Sample(NamedTuple):
-    """One image of a shard, encoded. `suffix`: of its file name, with the dot. `label`: text of the `.cls` file."""
+    """One image of a shard, encoded. `suffix`: of its file name, with the dot. `label`: text of the `.cls` file.
+
+    `repeated`: what the sample has more than once, the image or the label, of which the first is here; else empty.
+    """
 
     key: str
     suffix: str
     image: bytes
     label: str
+    repeated: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,24 +138,37 @@ class _Tail:
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[Sample]:
-    key, image, suffix, label = "", b"", "", ""
-    for member in archive:
-        content = archive.extractfile(member)
-        if content is None:
-            continue  # a folder or a link
-        path = PurePosixPath(member.name)
-        # WebDataset's rule: the key ends at the first dot of the file name.
-        mine = str(path.parent / path.name.partition(".")[0])
-        if mine != key:
-            if image or label:
-                yield Sample(key, suffix, image, label)
-            key, image, suffix, label = mine, b"", "", ""
-        if path.suffix == _LABEL_SUFFIX:
-            label = content.read().decode("utf-8", "replace").strip()
-        elif is_image(path.name):
-            image, suffix = content.read(), path.suffix.lower()
-    if image or label:
-        yield Sample(key, suffix, image, label)
+    files = ((PurePosixPath(member.name), archive.extractfile(member)) for member in archive)
+    for key, run in groupby(files, key=lambda file: _key_of(file[0])):
+        sample, wanted = Sample(key, "", b"", ""), False
+        for path, content in run:
+            kind = path.name.partition(".")[2].lower()
+            last = kind.rpartition(".")[2]
+            image = is_image(path.name)
+            if content is None or not (image or last == _LABEL):
+                continue  # a folder, or something else about the image
+            wanted = True  # also where it is "seg.png", so that a sample without an image is told
+            if kind == last:
+                sample = _with_image(sample, kind, content.read()) if image else _with_label(sample, content.read())
+        if wanted:
+            yield sample
+
+
+def _with_image(sample: Sample, kind: str, image: bytes) -> Sample:
+    if sample.suffix:
+        return sample._replace(repeated="image")
+    return sample._replace(suffix=f".{kind}", image=image)
+
+
+def _with_label(sample: Sample, content: bytes) -> Sample:
+    if sample.label:
+        return sample._replace(repeated="label (.cls)")
+    return sample._replace(label=content.decode("utf-8", "replace").strip())
+
+
+def _key_of(path: PurePosixPath) -> str:
+    """WebDataset's rule: the key ends at the first dot of the file name."""
+    return str(path.parent / path.name.partition(".")[0])
 
 
 class ShardSource:

@@ -82,6 +82,37 @@ def test_samples_are_grouped_by_key_and_may_lack_parts(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_follows_the_first_dot_says_what_a_file_is(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("k.jpg", "k.seg.png", "k.cls", "k.seg.cls", "l.seg.png", "m.json", "n.PNG", "n.jpg", "n.cls"):
+            add(archive, name, name.encode())
+        for name in ("o.png", "o.cls", "o.cls"):
+            add(archive, name, name.encode())
+    found = list(read_shard(str(tmp_path / "s.tar")))
+    assert found == [
+        ("k", ".jpg", b"k.jpg", "k.cls", ""),
+        ("l", "", b"", "", ""),  # to be told that it has no image
+        ("n", ".png", b"n.PNG", "n.cls", "image"),
+        ("o", ".png", b"o.png", "o.cls", "label (.cls)"),
+    ]
+
+
+def test_keys_that_start_again_in_each_shard_are_samples_of_their_own(tmp_path):
+    held_out = {}
+    for number in range(3):
+        samples = [(f"{i:04d}", png(100 * number + i), (number + i) % 3) for i in range(40)]
+        samples += [(samples[0][0], png(100 * number + 50), number)]  # and within one
+        write_shard(tmp_path / f"{number:03d}.tar", samples)
+        held_out |= {image: str(label) for _, image, label in samples}
+    found = scanned(tmp_path, tmp_path, validation=0.3)
+    for row, label in enumerate(found.held_out.labels.tolist()):
+        assert held_out.pop(found.held_out.file(row).read_bytes()) == str(label)
+    assert len(held_out) == len(found.shards) == 3 * 41 - len(found.held_out)
+    keys = [{s.key for s, part in zip(read_shard(url), parts, strict=True) if part != TRAIN}
+            for url, parts in zip(found.shards.urls, found.shards.parts, strict=True)]  # fmt: skip
+    assert keys[0] != keys[1] != keys[2]
+
+
 def test_finds_shards_in_folders_and_lists(shards, tmp_path):
     assert is_sharded(shards)
     assert [url.rsplit("/", 1)[1] for url in find_shards(shards)] == ["train-000.tar", "train-001.tar", "train-002.tar"]
@@ -140,11 +171,19 @@ def test_faults_and_leaks_are_set_aside(shards, tmp_path):
     write_shard(shards / "test-0.tar", [("t0", png(7), 1), ("t1", png(901), 2), ("t2", png(902), 0)])  # 7 is trained on
     write_shard(
         shards / "train-900.tar",
-        [("text", b"hello", 0), ("nolabel", png(800), None), ("noimage", None, 1), ("good", png(801), 2)],
+        [
+            ("twice", png(803), 0),
+            ("twice", png(804), 1),
+            ("text", b"hello", 0),
+            ("nolabel", png(800), None),
+            ("noimage", None, 1),
+            ("good", png(801), 2),
+        ],
     )
     found = scanned(shards, tmp_path, validation=0.0)
     reasons = {fault.path.rsplit("/", 1)[1]: fault.reason for fault in found.faults}
     assert reasons == {
+        "twice.png": "ambiguous",
         "text.png": "unsupported_format",
         "nolabel.png": "incomplete",
         "noimage": "incomplete",
