@@ -22,7 +22,7 @@ from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
 from service.image_header import read_header
 from service.preprocess import preprocess
-from training.listing import Listing
+from training.listing import SPLIT_NAMES, UNDECIDED, Listing
 
 _CHUNK = 32
 _GRAYSCALE_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
@@ -68,11 +68,13 @@ class Dataset:
         return replace(self, usable=np.setdiff1d(self.usable, np.fromiter(rows, np.int64)))
 
     def digest(self) -> str:
-        """SHA-256 over paths, labels and contents, in hexadecimal: two equal ones mean the same data set."""
+        """SHA-256 over paths, labels, given parts of the split and contents: two equal ones mean the same data set."""
         total = hashlib.sha256()
         for row in self.usable:
             total.update(f"{self.listing.paths[row]}\0{self.classes[self.labels[row]]}\0".encode())
             total.update(self.digests[row].tobytes())
+            if (part := int(self.listing.splits[row])) != UNDECIDED:  # a part that is drawn follows from the rest
+                total.update(SPLIT_NAMES[part].encode())
         return total.hexdigest()
 
 

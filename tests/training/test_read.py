@@ -86,6 +86,19 @@ def test_the_digest_follows_content_and_labels_but_not_faults(tmp_path):
     assert moved.digest() != first.digest()
 
 
+def test_the_digest_follows_the_split_that_a_table_gives(tmp_path):
+    table, digests = tmp_path / "images.csv", []
+    for number in range(4):
+        save(tmp_path / f"{number}.png", number)
+    for parts in (("train", "test"), ("test", "train"), ("", "")):
+        rows = [f"{number}.png,{'ab'[number // 2]},{parts[number % 2]}\n" for number in range(4)]
+        table.write_text("path,label,split\n" + "".join(rows))
+        digests.append(read_images(list_images(table), SPEC)[0].digest())
+    table.write_text("path,label\n" + "".join(f"{number}.png,{'ab'[number // 2]}\n" for number in range(4)))
+    assert len(set(digests)) == 3
+    assert read_images(list_images(table), SPEC)[0].digest() == digests[-1]
+
+
 @pytest.mark.parametrize(("modes", "channels"), [("LL", 1), (("L", "RGB"), 3), (("1", "LA"), 1)])
 def test_channels_are_one_only_if_all_images_are_gray(tmp_path, modes, channels):
     for number, mode in enumerate(modes):
