@@ -125,8 +125,11 @@ def normalisation(request: Request, channels: int) -> Normalisation:
             f"mean {mean} and std {std} do not fit images of {channels} channels; give --mean and --std with "
             f"{channels} values, of pixels in 0..1"
         )
-    if not all(np.isfinite(mean)) or not all(0 < value < np.inf for value in std):
-        raise ConfigurationError(f"mean has to be finite and std positive, not {mean} and {std}")
+    if not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
+        raise ConfigurationError(
+            f"mean {mean} has to be within 0..1 and std {std} above 0 and up to 1, because pixels are in 0..1 here; "
+            "divide values for pixels in 0..255 by 255"
+        )
     return Normalisation(mean, std, "rgb" if channels == 1 else request.order or preset.rule.order)
 
 

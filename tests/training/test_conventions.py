@@ -64,6 +64,28 @@ def test_grayscale_needs_values_of_its_own_where_the_preset_has_three():
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean": (123.675, 116.28, 103.53)},
+        {"std": (58.395, 57.12, 57.375)},
+        {"mean": (-0.1,)},
+        {"std": (0.0,)},
+        {"mean": (float("nan"),)},
+    ],
+)
+def test_values_for_other_pixels_than_those_in_0_to_1_are_refused(changes):
+    with pytest.raises(
+        ConfigurationError, match=r"pixels are in 0\.\.1 here; divide values for pixels in 0\.\.255 by 255"
+    ):
+        normalisation(request(**changes), 3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_is_refused(preset):
+    assert normalisation(request(preset=preset), 3) == PRESETS[preset].rule
+
+
+@pytest.mark.parametrize(
     ("preset", "wanted"),
     [
         ("imagenet-torchvision", [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]),

@@ -381,7 +381,7 @@ def test_given_canary_images_go_into_the_version(tmp_path, request_for, reposito
         ({"resize": "crop", "shorter_side": 20}, "--shorter-side 20 is smaller than the input of 24x32"),
         ({"resize": "stretch", "shorter_side": 40}, "belongs to --resize crop"),
         ({"mean": (0.1, 0.2)}, "do not fit images of 3 channels"),
-        ({"std": (0.0,)}, "std positive"),
+        ({"std": (0.0,)}, "std .* above 0"),
         ({"size": (25, 32)}, "contradicts"),
         ({"output": "nothing"}, "has no output nothing"),
         ({"name": "a/b"}, "letters, digits"),
