@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from service.artifact import Weights
 from service.errors import ConfigurationError
@@ -34,7 +36,8 @@ def inherited_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation that the weights were trained with: trained filters expect the same range.
 
-    One of our own checkpoints names them; for any other file they are the architecture's. None without weights.
+    One of our own checkpoints names them; for any other file, also one where these names mean something else, they are
+    the architecture's. None without weights.
     """
     if config.weights is None:
         return None
@@ -42,9 +45,22 @@ def inherited_statistics(
         stored: Any = torch.load(config.weights, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         stored = None  # loading the weights gives the reason; a safetensors file names no statistics
-    if isinstance(stored, dict) and len(stored.get("mean", ())) == channels:
-        return tuple(stored["mean"]), tuple(stored["std"])
+    if isinstance(stored, dict):
+        mean, std = (_numbers(stored.get(key), channels) for key in ("mean", "std"))
+        if mean and std and min(std) > 0:
+            return mean, std
     return entry.normalization(channels)
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+    """Plain numbers, if that is what a file has here; they end in a manifest."""
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or len(value) != count:
+        return None
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in value):
+        return None
+    return tuple(map(float, value))
 
 
 def provenance(config: TransferConfig, report: LoadReport | None) -> Weights:

@@ -99,6 +99,27 @@ def test_pixels_are_normalised_as_the_weights_expect(imagenet_file, tmp_path):
     assert inherited_statistics(experiment_of(weights=None).transfer, ENTRY, 3) is None
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "taken"),
+    [
+        (torch.tensor([0.5, 0.25, 0.5]), [0.5, 0.25, 1], True),
+        ([0.5, 0.25, 0.5], None, False),
+        ([0.5, 0.25, 0.5], [0.5, 0.0, 1.0], False),
+        ([0.5, 0.25, 0.5], [0.5, float("inf"), 1.0], False),
+        ("rgb", "rgb", False),
+        (0.5, 0.5, False),
+        (torch.tensor(0.5), torch.tensor(0.5), False),
+        (torch.ones(3, 2), torch.ones(3, 2), False),
+    ],
+)
+def test_statistics_of_any_file_are_checked(tmp_path, mean, std, taken):
+    torch.save({"model": {}, "mean": mean} | ({} if std is None else {"std": std}), tmp_path / "own.pth")
+    found = inherited_statistics(experiment_of(weights=tmp_path / "own.pth").transfer, ENTRY, 3)
+    own = ((0.5, 0.25, 0.5), (0.5, 0.25, 1.0))
+    assert found == (own if taken else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert all(type(value) is float for values in found for value in values)
+
+
 def test_weights_of_another_architecture_are_refused(imagenet_file):
     model = create("lenet5", 4, 1)
     with pytest.raises(TrainingError, match="resnet18"):

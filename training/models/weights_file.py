@@ -93,10 +93,20 @@ def _parse(path: Path, stream: BinaryIO) -> Any:
         raise TrainingError(f"{path} is no readable checkpoint: {str(error).partition(chr(10))[0]}") from error
 
 
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     """The names and tensors in whatever the file holds."""
     nested = (content[key] for key in _NESTED if isinstance(content, Mapping) and isinstance(content.get(key), Mapping))
     state = next(nested, content)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
         raise TrainingError(f"{path} holds no weights: names with tensors, alone or under {' or '.join(_NESTED)}")
+    odd = [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_quantized]
+    if odd:
+        raise TrainingError(
+            f"{path} holds sparse or quantised tensors ({odd[0]} is the first of {len(odd)}); save dense ones of a "
+            "floating-point type"
+        )
     return dict(state)

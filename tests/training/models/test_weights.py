@@ -230,9 +230,14 @@ def test_more_channels_repeat_the_old_ones_in_turn():
     torch.testing.assert_close(adapted, torch.cat((weight, weight[:, :1]), 1) * 3 / 4)
 
 
-def test_weights_without_that_stem_cannot_be_adapted():
-    with pytest.raises(TrainingError, match=r"no first convolution conv1\.weight"):
-        adapt_input_channels({"fc.weight": torch.ones(2, 2)}, "conv1", 1)
+def test_weights_without_that_stem_are_compared_by_name(saved):
+    def wrapped(state):
+        return {f"model.{name}": tensor for name, tensor in state.items()} | {"criterion.weight": torch.ones(10)}
+
+    path, _ = saved(wrapped)
+    with pytest.raises(WeightsMismatchError, match=r"missing in the file \(conv1\.weight") as caught:
+        load_weights(resnet(channels=1), path, adapt_input=True)
+    assert {"model.conv1.weight", "criterion.weight"} < set(caught.value.unexpected)
 
 
 def test_values_that_are_not_finite_are_refused(saved):

@@ -52,6 +52,23 @@ def test_parameters_are_read_like_tensors(tmp_path):
     assert_is_state(read_weights(write(tmp_path / "net.pth", parameters)))
 
 
+@pytest.mark.parametrize("name", [0, b"a.weight"])
+def test_names_that_are_no_text_are_refused(tmp_path, name):
+    with pytest.raises(TrainingError, match="holds no weights: names with tensors"):
+        read_weights(write(tmp_path / "net.pth", {name: torch.ones(2)}))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's: such files are from before
+@pytest.mark.parametrize(
+    "changed",
+    [torch.Tensor.to_sparse, lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)],
+    ids=["sparse", "quantised"],
+)
+def test_tensors_that_are_not_dense_are_refused(tmp_path, changed):
+    with pytest.raises(TrainingError, match=r"sparse or quantised tensors \(fc\.weight is the first of 1\)"):
+        read_weights(write(tmp_path / "net.pth", STATE | {"fc.weight": changed(torch.eye(2))}))
+
+
 def test_the_hash_in_the_name_is_verified(tmp_path):
     path = hashed(write(tmp_path / "net.pth"))
     assert read_weights(path).verified
