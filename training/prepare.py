@@ -22,7 +22,7 @@ from training.models import Architecture
 from training.pixels import Normaliser, channel_statistics
 from training.prepared import FullSize, Prepared, calibration_rows
 from training.read import Dataset, Fault, check_classes, count_channels, read_images
-from training.shard_scan import Scanned, scan
+from training.shard_scan import Scanned, count_shard_channels, scan
 from training.shards import is_sharded
 from training.split import Split, make_split
 from training.transfer import inherited_statistics
@@ -91,7 +91,7 @@ def _prepare_shards(
 ) -> Prepared:
     """Training samples stay in their shards; what is held out is unpacked and read."""
     config = experiment.data
-    spec = input_spec(experiment.input, entry, experiment.input.channels or entry.channels)
+    spec = input_spec(experiment.input, entry, experiment.input.channels or count_shard_channels(source))
 
     def look() -> Scanned:
         with display.reading(None) as advance:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,20 +143,25 @@ def read_one(file: Path, spec: InputSpec) -> NDArray[np.uint8] | None:
 def count_channels(listing: Listing, sample: int = 256) -> int:
     """1 if all of a sample of evenly spaced readable files are grayscale, else 3; only headers are read."""
     step = max(1, len(listing) // sample)
-    modes = set(_modes(listing.file(i) for i in range(0, len(listing), step)))
+    return channels_of(listing.file(i) for i in range(0, len(listing), step))
+
+
+def channels_of(pictures: Iterable[Path | IO[bytes]]) -> int:
+    """1 if all that are readable are grayscale, else 3; only headers are read."""
+    modes = set(_modes(pictures))
     return 1 if modes and modes <= _GRAYSCALE_MODES else 3
 
 
-def _modes(files: Iterator[Path]) -> Iterator[str]:
-    for file in files:
+def _modes(pictures: Iterable[Path | IO[bytes]]) -> Iterator[str]:
+    for picture in pictures:
         with contextlib.suppress(Exception):  # on odd bytes Pillow raises nearly everything; reading reports the file
-            yield _mode(file)
+            yield _mode(picture)
 
 
-def _mode(file: Path) -> str:
+def _mode(picture: Path | IO[bytes]) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sizes and metadata; nothing is decoded here
-        with Image.open(file) as image:
+        with Image.open(picture) as image:
             return image.mode
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from service.errors import DataError, InvalidImageError
 from service.preprocess import preprocess
 from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
-from training.read import Fault
+from training.read import Fault, channels_of
 from training.shards import Sample, ShardSet, find_shards, part_of, read_shard
 from training.tables import table_entries
 
@@ -35,6 +36,18 @@ _CHUNK = 256
 _FORMAT = 2  # of what a scan leaves; an older one is not opened
 _SET_ASIDE = -2
 _ARRAYS, _FAULTS, _HELD_OUT, _NAMES = "scan.npz", "faults.json", "held-out.csv", "classes.txt"
+
+
+def count_shard_channels(source: Path, shards: int = 16, samples: int = 16) -> int:
+    """1 if the first samples of some evenly spaced shards are all grayscale, else 3; only headers are read.
+
+    Raises:
+        DataError: a shard cannot be read.
+    """
+    urls = find_shards(source)
+    chosen = urls[:: max(1, len(urls) // shards)]
+    found = (sample for url in chosen for sample in islice(read_shard(url), samples))
+    return channels_of(io.BytesIO(sample.image) for sample in found)
 
 
 class _Seen(NamedTuple):

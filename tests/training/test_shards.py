@@ -15,8 +15,10 @@ from training.config import Experiment
 from training.display import Display
 from training.distributed import Group
 from training.listing import TEST, TRAIN, VALIDATION
+from training.models import describe
+from training.prepare import prepare
 from training.run import run
-from training.shard_scan import scan
+from training.shard_scan import count_shard_channels, scan
 from training.shards import ShardSource, find_shards, is_sharded, part_of, read_shard
 
 SPEC = InputSpec(height=16, width=16, channels=1)
@@ -165,6 +167,21 @@ def test_shards_named_for_a_part_are_that_part(shards, tmp_path):
     assert len(found.shards) == 90
     assert set(found.held_out.splits.tolist()) == {VALIDATION}
     assert len(found.held_out) == 6
+
+
+def test_channels_are_those_of_the_images(shards, tmp_path):
+    assert count_shard_channels(shards) == 1
+    colours = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(colours, "PNG")
+    write_shard(shards / "train-003.tar", [("c0", None, 1), ("c1", b"odd", 1), ("c2", colours.getvalue(), 1)])
+    assert count_shard_channels(shards) == 3
+    settings = Experiment.model_validate({"name": "coloured", "input": {"size": 16}})
+    shown = Display(Console(file=io.StringIO()))
+    found = prepare(settings, describe("lenet5"), shards, tmp_path / "cache", shown, Group())
+    assert found.spec.channels == 3
+    write_shard(tmp_path / "odd.tar", [("c1", b"odd", 1)])
+    (tmp_path / "odd.txt").write_text("odd.tar\n")
+    assert count_shard_channels(tmp_path / "odd.txt") == 3
 
 
 def test_faults_and_leaks_are_set_aside(shards, tmp_path):
