@@ -15,6 +15,7 @@ from training.listing import SPLIT_ALIASES, SUFFIXES, TRAIN, Entry, Listing, is_
 from training.tables import list_table
 
 _ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"})
+_PARTS_ARE = f"parts are called {', '.join(SPLIT_ALIASES)}"
 
 
 def list_images(source: Path) -> Listing:
@@ -23,7 +24,8 @@ def list_images(source: Path) -> Listing:
     Hidden files and files without an image's suffix are ignored.
 
     Raises:
-        DataError: the source is missing, holds no images or fewer than two classes, or its parts disagree on classes.
+        DataError: the source is missing, holds no images or fewer than two classes, its parts disagree on classes, or
+            there are images outside of classes and parts.
     """
     if source.is_file():
         if source.suffix.lower() in _ARCHIVES:
@@ -33,10 +35,14 @@ def list_images(source: Path) -> Listing:
         return list_table(source)
     if not source.is_dir():
         raise DataError(f"{source} does not exist; give a folder that holds one folder of images per class, or a CSV")
-    parts = {name: SPLIT_ALIASES[name.lower()] for name in _folders(source) if name.lower() in SPLIT_ALIASES}
+    folders = _folders(source)
+    parts = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
     if TRAIN in parts.values() and len(parts) > 1:
+        _check_parts(source, [name for name in folders if name not in parts])
         return _list_parts(source, parts)
-    found = {name: sorted(_walk(source / name, name)) for name in _folders(source)}
+    if TRAIN in parts.values():
+        _check_no_parts(source, next(iter(parts)), folders)
+    found = {name: sorted(_walk(source / name, name)) for name in folders}
     _check_folders(source, found)
     return listing_of(source, [Entry(path, name) for name, paths in found.items() for path in paths])
 
@@ -52,6 +58,37 @@ def _list_parts(root: Path, parts: Mapping[str, int]) -> Listing:
             raise DataError(f"{root / part} has classes that the training part lacks: {_some(unknown)}")
         entries += [Entry(path, name, split) for name, paths in found.items() for path in paths]
     return listing_of(root, entries)
+
+
+def _check_parts(root: Path, others: Sequence[str]) -> None:
+    """What lies beside the parts would be left out without a word."""
+    unknown = [name for name in others if any(_walk(root / name, name))]
+    if unknown:
+        raise DataError(
+            f"{root} has parts of a split and beside them images in {_some(unknown)}; {_PARTS_ARE}; rename the folder "
+            "or move it elsewhere"
+        )
+    _check_loose(root, "the folders of the parts")
+
+
+def _check_no_parts(root: Path, train: str, folders: Sequence[str]) -> None:
+    """A part of another name is no class, and neither is the training part beside it."""
+    classes, others = set(_folders(root / train)), [name for name in folders if name != train]
+    below = [set(_folders(root / name)) for name in others]
+    if others and all(names and names <= classes for names in below):
+        raise DataError(
+            f"{root}: {_some([train, *others])} hold folders of the same names, as parts of a split do; {_PARTS_ARE}; "
+            "rename the folders, or give a CSV if they are classes"
+        )
+
+
+def _check_loose(root: Path, beside: str) -> None:
+    loose = sorted(entry.name for entry in _entries(root) if is_image(entry.name) and not _is_folder(entry))
+    if loose:
+        raise DataError(
+            f"{root} has images beside {beside} ({len(loose)}, such as {loose[0]}); put each into the folder of its "
+            "class, or elsewhere"
+        )
 
 
 def _folders(folder: Path) -> list[str]:
@@ -96,6 +133,7 @@ def _check_folders(root: Path, found: Mapping[str, Sequence[str]]) -> None:
     empty = [name for name, paths in found.items() if not paths]
     if empty:
         raise DataError(f"{root}: no images in {_some(empty)}; add images or remove the folder")
+    _check_loose(root, "the folders of the classes")
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -42,6 +42,16 @@ def test_a_single_folder_called_train_is_a_class(tmp_path):
     assert list_images(tmp_path).classes == ("bus", "train")
 
 
+def test_folders_without_images_beside_the_parts_are_no_matter(tmp_path):
+    make(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "docs/readme.md", "labels.csv")
+    assert len(list_images(tmp_path)) == 3
+
+
+def test_a_class_called_train_may_have_folders_of_its_own(tmp_path):
+    make(tmp_path, "train/steam/1.png", "bus/electric/2.png")
+    assert list_images(tmp_path).classes == ("bus", "train")
+
+
 def test_a_class_that_only_the_test_part_has_is_refused(tmp_path):
     make(tmp_path, "train/a/1.png", "train/b/2.png", "test/c/3.png")
     with pytest.raises(DataError, match=r"classes that the training part lacks: c"):
@@ -55,6 +65,14 @@ def test_a_class_that_only_the_test_part_has_is_refused(tmp_path):
         (["1.png", "2.png"], "holds 2 images but no folders"),
         (["a/1.png"], r"only one class \(a\)"),
         (["a/1.png", "b/notes.txt"], "no images in b"),
+        (
+            ["a/1.png", "b/2.png", "4.png", "3.png"],
+            r"beside the folders of the classes \(2, such as 3\.png\); put each",
+        ),
+        (["train/a/1.png", "train/b/2.png", "val/a/3.png", "4.png"], r"beside the folders of the parts \(1, such as 4"),
+        (["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/4.png"], r"val has images beside .* classes \(1, such"),
+        (["train/a/1.png", "train/b/2.png", "val/a/3.png", "dev/a/4.png"], r"images in dev; parts are called train, "),
+        (["train/a/1.png", "train/b/2.png", "dev/a/3.png"], "train, dev hold folders of the same names, as parts"),
     ],
 )
 def test_says_what_is_wrong_with_a_folder(tmp_path, names, message):
