@@ -51,14 +51,23 @@ def count_shard_channels(source: Path, shards: int = 16, samples: int = 16) -> i
 
 
 class _Seen(NamedTuple):
-    """A sample after the first look. `digest`: of the encoded image; `image` is None for what is not trained on."""
+    """A sample after the first look.
+
+    `digest`: of the encoded image. `image`: None for what is not trained on. `file`: into which a held-out one is
+    unpacked, relative to the folder.
+    """
 
     part: int
     label: str
     key: str
     digest: bytes
-    image: NDArray[np.uint8] | None
-    fault: Fault | None
+    image: NDArray[np.uint8] | None = None
+    file: str = ""
+    fault: Fault | None = None
+
+    def without(self, fault: Fault) -> _Seen:
+        """The same, set aside."""
+        return self._replace(part=_SET_ASIDE, fault=fault)
 
 
 class _Reservoir:
@@ -135,7 +144,6 @@ class _Scan:
         self._sums = ChannelSums(spec.channels)
         self._sample = _Reservoir(_CALIBRATION, seed)
         self._seen: list[list[_Seen]] = []
-        self._held_out: list[tuple[str, str, str]] = []
 
     def run(self, urls: Sequence[str], workers: int, advance: Callable[[int], None]) -> None:
         """Reads every sample and writes what was found."""
@@ -154,22 +162,22 @@ class _Scan:
         digest = hashlib.blake2b(sample.image, digest_size=16).digest()
         if sample.repeated:
             fault = Fault(path, "ambiguous", f"the sample has more than one {sample.repeated}")
-            return _Seen(_SET_ASIDE, sample.label, path, digest, None, fault)
+            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=fault)
         if not sample.label or not sample.image:
             what = "label (.cls)" if sample.image else "image"
             message = f"the sample has no {what}; what follows the first dot of a file's name is its type"
             fault = Fault(path, "incomplete", message)
-            return _Seen(_SET_ASIDE, sample.label, path, digest, None, fault)
+            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=fault)
         try:
             image = preprocess(sample.image, self._spec)
         except InvalidImageError as error:
-            return _Seen(_SET_ASIDE, sample.label, path, digest, None, Fault(path, error.reason.value, str(error)))
+            fault = Fault(path, error.reason.value, str(error))
+            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=fault)
         part = part_of(url)
         part = self._drawn(url, sample.key) if part == TRAIN else part
         if part == TRAIN:
-            return _Seen(part, sample.label, path, digest, image, None)
-        self._unpack(part, sample, f"{number}\0{place}")
-        return _Seen(part, sample.label, path, digest, None, None)
+            return _Seen(part, sample.label, path, digest, image)
+        return _Seen(part, sample.label, path, digest, file=self._unpack(part, sample, f"{number}\0{place}"))
 
     def _drawn(self, url: str, key: str) -> int:
         """Held out by a hash: the same samples wherever the shards are, whatever their order and number.
@@ -183,13 +191,13 @@ class _Scan:
             return TEST
         return VALIDATION if place < self._shares[TEST] + self._shares[VALIDATION] else TRAIN
 
-    def _unpack(self, part: int, sample: Sample, place: str) -> None:
+    def _unpack(self, part: int, sample: Sample, place: str) -> str:
         """Into a file of its own: keys may come again, in one shard and in others."""
         name = hashlib.blake2b(place.encode(), digest_size=12).hexdigest() + sample.suffix
         folder = self._folder / SPLIT_NAMES[part]
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(sample.image)
-        self._held_out.append((f"{SPLIT_NAMES[part]}/{name}", sample.label, SPLIT_NAMES[part]))
+        return f"{SPLIT_NAMES[part]}/{name}"
 
     def _note(self, seen: _Seen) -> None:
         if seen.image is not None:
@@ -198,40 +206,54 @@ class _Scan:
         self._seen[-1].append(seen._replace(image=None))
 
     def _write(self) -> None:
-        leaks = self._leaks()
+        self._set_repeated_aside()
         arrays: dict[str, NDArray[Any]] = {}
         for number, shard in enumerate(self._seen):
-            parts = [_SET_ASIDE if seen.part == TRAIN and seen.digest in leaks else seen.part for seen in shard]
-            arrays[f"parts{number}"] = np.array(parts, dtype=np.int8)
+            arrays[f"parts{number}"] = np.array([seen.part for seen in shard], dtype=np.int8)
             arrays[f"labels{number}"] = np.array([seen.label for seen in shard], dtype=np.str_)
         mean, std = self._sums.moments()
         sample = np.stack(self._sample.images) if self._sample.images else np.empty((0, *self._spec.shape))
         arrays |= {"mean": np.array(mean), "std": np.array(std), "calibration": sample.astype(np.uint8)}
         arrays["digest"] = np.array(self._digest())
         np.savez(self._folder / _ARRAYS, allow_pickle=False, **arrays)
-        faults = [seen.fault for shard in self._seen for seen in shard if seen.fault]
-        faults += [
-            Fault(seen.key, "leak", "the same bytes as a held-out image")
-            for shard in self._seen
-            for seen in shard
-            if seen.part == TRAIN and seen.digest in leaks
+        every = [seen for shard in self._seen for seen in shard]
+        faults = [asdict(seen.fault) for seen in every if seen.fault]
+        (self._folder / _FAULTS).write_text(json.dumps(faults), encoding="utf-8")
+        held_out = [
+            (seen.file, seen.label, SPLIT_NAMES[seen.part]) for seen in every if seen.part in (VALIDATION, TEST)
         ]
-        (self._folder / _FAULTS).write_text(json.dumps([asdict(fault) for fault in faults]), encoding="utf-8")
         with (self._folder / _HELD_OUT).open("w", encoding="utf-8", newline="") as stream:
             rows = csv.writer(stream, lineterminator="\n")
             rows.writerow(("path", "label", "split"))
-            rows.writerows(sorted(self._held_out))
+            rows.writerows(sorted(held_out))
+
+    def _set_repeated_aside(self) -> None:
+        """The same bytes under two labels go altogether; between the parts, the copy that tests or validates stays.
+
+        Copies within one part stay, too: in shards they may be there to show rare images more often.
+        """
+        labels: dict[bytes, set[str]] = {}
+        parts: dict[bytes, int] = {}
+        for seen in (seen for shard in self._seen for seen in shard if seen.part != _SET_ASIDE):
+            labels.setdefault(seen.digest, set()).add(seen.label)
+            parts[seen.digest] = max(seen.part, parts.get(seen.digest, TRAIN))
+        for shard in self._seen:
+            for place, seen in enumerate(shard):
+                if seen.part == _SET_ASIDE:
+                    continue
+                found, part = sorted(labels[seen.digest]), parts[seen.digest]
+                if len(found) > 1:
+                    message = f"the same image has different labels: {', '.join(found[:4])}"
+                    shard[place] = seen.without(Fault(seen.key, "contradiction", message))
+                elif seen.part < part:
+                    message = f"the same bytes as an image of the {SPLIT_NAMES[part]} part"
+                    shard[place] = seen.without(Fault(seen.key, "leak", message))
 
     def _digest(self) -> str:
         total = hashlib.sha256()
         for seen in (seen for shard in self._seen for seen in shard):
             total.update(f"{seen.key}\0{seen.label}\0{seen.part}\0".encode() + seen.digest)
         return total.hexdigest()
-
-    def _leaks(self) -> set[bytes]:
-        """Digests that are in the training part and in a held-out one."""
-        trained = {seen.digest for shard in self._seen for seen in shard if seen.part == TRAIN}
-        return trained & {seen.digest for shard in self._seen for seen in shard if seen.part in (VALIDATION, TEST)}
 
 
 def _open(folder: Path, urls: Sequence[str], names: Sequence[str]) -> Scanned:

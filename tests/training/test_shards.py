@@ -210,6 +210,26 @@ def test_faults_and_leaks_are_set_aside(shards, tmp_path):
     assert preprocess(png(7), SPEC).tobytes() not in seen(source_of(found.shards).batches(0, 0))
 
 
+def test_the_same_image_in_two_parts_or_under_two_labels_is_set_aside(shards, tmp_path):
+    one, other, both, kept = png(901), png(902), png(903), png(904)
+    write_shard(shards / "val-0.tar", [("v0", one, 1), ("v1", other, 2), ("v2", kept, 0), ("v3", png(905), 0)])
+    write_shard(shards / "test-0.tar", [("t0", one, 1), ("t1", png(906), 1)])
+    write_shard(shards / "train-900.tar", [("a", other, 1), ("b", both, 0), ("c", both, 1), ("d", kept, 0)])
+    found = scanned(shards, tmp_path)
+    reasons = {fault.path.rsplit("/", 1)[1]: (fault.reason, fault.message) for fault in found.faults}
+    contradiction = "the same image has different labels: "
+    assert reasons == {
+        "v0.png": ("leak", "the same bytes as an image of the test part"),
+        "v1.png": ("contradiction", f"{contradiction}1, 2"),
+        "a.png": ("contradiction", f"{contradiction}1, 2"),
+        "b.png": ("contradiction", f"{contradiction}0, 1"),
+        "c.png": ("contradiction", f"{contradiction}0, 1"),
+        "d.png": ("leak", "the same bytes as an image of the validation part"),
+    }
+    assert len(found.shards) == 90
+    assert sorted(found.held_out.splits.tolist()) == [VALIDATION] * 2 + [TEST] * 2
+
+
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_names_of_number_labels_come_from_a_file(shards, end, tmp_path):
     (shards / "classes.txt").write_text(f"zebra\nape\ncat\nunused{end}")
