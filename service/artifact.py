@@ -35,9 +35,9 @@ PROBABILITIES_NAME = "probabilities"
 # A model's name is a directory, a metric label and part of URLs.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
+_LARGEST_VERSION = 2**63 - 1  # of an int64, as the API has it
 # Hashed in half a millisecond. A larger buffer is longer cleared under Python's lock; with a smaller one the lock
 # changes hands more often.
-_LARGEST_VERSION = 2**63 - 1  # of an int64, as the API has it
 _CHUNK_BYTES = 512 << 10
 
 

@@ -1,6 +1,9 @@
 """Every folder renders, validates in strict mode on three versions of Kubernetes, and keeps its promises."""
 
+import io
 import shutil
+import subprocess
+import sys
 import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -9,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
+from PIL import Image
 
 from service.admission import Admission
 from service.errors import OverloadedError
@@ -113,8 +117,36 @@ def test_every_container_has_requests_and_limits(rendered, target):
             assert bytes_of(resources["requests"]["memory"]) <= bytes_of(resources["limits"]["memory"])
 
 
-# Most bytes that a pixel takes while it is decoded: WebP with transparency. Measured; PNG takes 12, a JPEG 8 at most.
+# Most bytes that a pixel takes while it is decoded: WebP with transparency.
 BYTES_OF_A_PIXEL = 20
+PEAK_OF_A_PICTURE = """
+import io, re, sys
+from pathlib import Path
+from PIL import Image
+from service.artifact import InputSpec, Resize
+from service.preprocess import preprocess
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+spec = InputSpec(height=224, width=224, channels=3, resize=Resize(mode="stretch"))
+small = io.BytesIO()
+Image.new("RGBA", (64, 64)).save(small, "WEBP")
+preprocess(small.getvalue(), spec)
+before, picture = peak(), sys.stdin.buffer.read()
+preprocess(picture, spec)
+print(peak() - before)
+"""
+
+
+def test_a_picture_takes_the_memory_that_the_limits_are_made_for():
+    side = 4000
+    picture = io.BytesIO()
+    Image.new("RGBA", (side, side)).save(picture, "WEBP", quality=1, method=0)
+    command = [sys.executable, "-c", PEAK_OF_A_PICTURE]
+    done = subprocess.run(command, input=picture.getvalue(), capture_output=True, check=True, cwd=DEPLOY.parent)
+    taken = int(done.stdout) / side**2
+    assert 0.5 * BYTES_OF_A_PIXEL < taken < 1.05 * BYTES_OF_A_PIXEL
 
 
 def assert_memory_suffices(manifests):
