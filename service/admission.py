@@ -23,6 +23,9 @@ _CONFIDENCE = 0.8
 # A pace is measured over at least so many seconds of uninterrupted backlog, and forgotten slowly.
 _PACE_WINDOW_S = 0.05
 _PACE_GAIN = 0.2
+# A sample counts as at most so many times what was known: a stretch in which nearly everything failed, or in which the
+# machine stood still, is no pace, and a real change is believed after a few samples all the same.
+_PACE_OUTLIER = 4.0
 
 
 class Pace:
@@ -38,11 +41,14 @@ class Pace:
         self._images = 0
 
     def left(self, images: int, still_pending: int, now: float) -> None:
-        """So many images were answered and so many are still to be; those that failed count as neither."""
+        """So many images were answered and so many are still to be; those that failed count as neither.
+
+        While nothing but failures leaves, the stretch goes on: it may be that the next answer takes that long.
+        """
         if self._since is not None:
             self._images += images
             elapsed = now - self._since
-            if elapsed >= _PACE_WINDOW_S:
+            if elapsed >= _PACE_WINDOW_S and self._images:
                 self._learn(elapsed / self._images)
                 self._since, self._images = now, 0
         # The backlog is one only if more is waiting than was just answered: else the next exit waits for an arrival.
@@ -62,7 +68,10 @@ class Pace:
 
     def _learn(self, sample: float) -> None:
         known = self.seconds_per_image
-        self.seconds_per_image = sample if known is None else known + _PACE_GAIN * (sample - known)
+        if known is None:
+            self.seconds_per_image = sample
+        else:
+            self.seconds_per_image = known + _PACE_GAIN * (min(sample, _PACE_OUTLIER * known) - known)
 
 
 @dataclass(slots=True)

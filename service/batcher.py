@@ -11,6 +11,7 @@ hand a whole batch of results back in a single call to the loop.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +27,10 @@ P = TypeVar("P")  # payload: a sequence with one element for each image
 R = TypeVar("R")  # result of one part
 
 Clock = Callable[[], float]
+
+# A window that is ended by a deadline leaves so many times what the batch needs, and the time for a thread to wake.
+_WINDOW_CAUTION = 2.0
+_WAKING_S = 0.01
 
 
 @dataclass(slots=True, eq=False)
@@ -50,8 +55,9 @@ class Done(Generic[R]):
 class Job(Generic[P, R]):
     """One caller's images, and the future that gets what becomes of them.
 
-    Times are monotonic seconds. The future never refers to the job: in a circle the images of every request would stay
-    in memory until Python looks for circles, which is when hundreds of megabytes of them are there.
+    Times are monotonic seconds. The future refers to the job until it is done, and no longer: in a circle the images of
+    every request would stay in memory until Python looks for circles, which is when hundreds of megabytes of them are
+    there.
     """
 
     payload: P
@@ -161,7 +167,8 @@ class Batcher(Generic[P, R]):
         in_turn: batches of at most so many images run on the event loop itself, at the end of a turn, with what that
             turn submitted: work so short that waking a thread and being woken by it takes longer. The first executor is
             for those, and for all if there is no other.
-        window_s: how long an executor waits for a fuller batch after the first image came; 0 never waits.
+        window_s: how long an executor waits for a fuller batch after the first image came, unless a deadline is nearer;
+            0 never waits.
         codel: sheds from a standing queue; None never sheds.
         observer: receives counts and times.
         clock: monotonic seconds.
@@ -243,7 +250,8 @@ class Batcher(Generic[P, R]):
             if self._closed:
                 future.set_exception(DrainingError("the server is shutting down"))
                 return future
-            self._queue.push(job, flow)
+            number = self._queue.push(job, flow)
+        future.add_done_callback(functools.partial(self._ended, job, number))
         if not self._notifying:
             self._notifying = True
             self._loop.call_soon(self._notify)
@@ -258,6 +266,20 @@ class Batcher(Generic[P, R]):
         for job in waiting:
             self._fail(job, DrainingError("the server is shutting down"))
         await asyncio.gather(*(asyncio.to_thread(thread.join) for thread in self._threads if thread.ident))
+
+    def _ended(self, job: Job[P, R], number: int, future: asyncio.Future[Done[R]]) -> None:
+        """Takes a job out of the queue whose caller has gone or whose deadline has passed.
+
+        Its images would stay in memory until its turn comes, and nobody counts them any more; and the size of the next
+        batch would be chosen for jobs that never run.
+        """
+        if job.finished == job.size:
+            return
+        with self._wake:
+            discarded = self._queue.discard(number)
+        if discarded:
+            expired = not future.cancelled() and isinstance(future.exception(), ExpiredError)
+            self._observer.dropped("expired" if expired else "abandoned", 1)
 
     def _notify(self) -> None:
         """Wakes an owner, once for all jobs of this turn of the loop; or runs them here, `in_turn`.
@@ -291,15 +313,27 @@ class Batcher(Generic[P, R]):
         """Blocks until there is something to do; None when closed."""
         with self._wake:
             self._wake.wait_for(lambda: self._closed or len(self._queue))
-            if self._window_s and not self._closed:
-                # The window is for company only: a full batch, or the end of the batcher, ends it.
-                self._wake.wait_for(lambda: self._closed or self._queue.images >= self._sizes.largest, self._window_s)
+            if self._window_s:
+                self._wait_for_company()
             if self._closed:
                 return None
             taken = self._close_batch(self._next_images())
             if len(self._queue):
                 self._wake.notify()  # a notify that reached a busy thread must not be lost
             return taken
+
+    def _wait_for_company(self) -> None:
+        """Until the window of the first image has passed, or all that may run together is there. Under the lock.
+
+        It ends sooner where a job would miss its deadline, and with the batcher.
+        """
+        while not self._closed and 0 < self._queue.images < self._sizes.largest:
+            now = self._clock()
+            spare_s = _WAKING_S + _WINDOW_CAUTION * self._sizes.cautious_s(self._queue.images)
+            left_s = min(min(job.submitted + self._window_s, job.deadline - spare_s) for job in self._queue) - now
+            if left_s <= 0:
+                return
+            self._wake.wait(left_s)
 
     def _next_images(self) -> int:
         """Size of the next batch. Under the lock."""

@@ -278,10 +278,28 @@ def test_failures_do_not_make_the_pace_look_faster(admission, clock):
     assert admission.forecast_s("a", 1) == pytest.approx(1.0, rel=0.15)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_stretch_of_failures_alone_ends_no_request_in_another_way_and_spoils_no_pace(admission, clock, known):
+    if known:
+        answer_backlog(admission, clock, seconds_per_image=0.01)
+    held = [hold(admission, 1) for _ in range(20)]
+    clock.now += 0.01
+    held[0].close()  # begins a stretch
+    for request in held[1:10]:
+        clock.now += 1.0
+        request.__exit__(ExpiredError, ExpiredError("too late"), None)
+    assert admission.images == 10
+    clock.now += 0.01
+    held[10].close()
+
+    if known:
+        assert admission.forecast_s("a", 1) < 0.2
+
+
 def test_a_pace_spoilt_by_a_pause_recovers_even_if_it_refuses_all_company(admission, clock):
     """While the forecast refuses every second request there is no backlog to measure; the first ones must teach it."""
     answer_backlog(admission, clock, seconds_per_image=0.01)
-    answer_backlog(admission, clock, seconds_per_image=100.0, count=3)
+    answer_backlog(admission, clock, seconds_per_image=100.0, count=30)
     first = hold(admission, 1, deadline=clock.now + 1)
     with pytest.raises(OverloadedError):
         hold(admission, 1, deadline=clock.now + 1)

@@ -3,6 +3,8 @@
 import asyncio
 import queue
 import threading
+import time
+import weakref
 from contextlib import asynccontextmanager
 
 import pytest
@@ -81,6 +83,17 @@ class UpTo(OneByOne):
 
     def best_batch(self, waiting):
         return min(waiting, self.largest)
+
+
+class Slow(UpTo):
+    """A batch of any size takes so many seconds."""
+
+    def __init__(self, largest, seconds):
+        super().__init__(largest)
+        self._seconds = seconds
+
+    def cautious_s(self, images):
+        return self._seconds
 
 
 @asynccontextmanager
@@ -211,6 +224,40 @@ async def test_a_forecast_that_stopped_everything_is_tried_again(executor):
 
     assert isinstance(futures[0].exception(), ExpiredError)
     assert doubled(futures[-1].result()) == [78]
+
+
+class Images(list):
+    """A payload that can be watched."""
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (lambda future: future.cancel(), "abandoned"),
+        (lambda future: future.set_exception(ExpiredError("too late")), "expired"),
+    ],
+)
+async def test_what_nobody_waits_for_leaves_memory_and_queue_at_once(executor, end, reason):
+    seen = Recorder()
+    async with batching(executor, observer=seen) as batcher:
+        running = batcher.submit([1], 1, FOREVER)
+        await executor.began()
+        payload = Images(range(8))
+        future = batcher.submit(payload, 8, FOREVER)
+        watched = weakref.ref(payload)
+        del payload
+        end(future)
+        await asyncio.wait([future])
+        future.cancelled() or future.exception()
+        del future
+        await asyncio.sleep(0)
+
+        assert watched() is None
+        assert batcher.queued_images == 0
+        assert seen.drops == [(reason, 1)]
+        executor.finish()
+        assert await answer(running) == [2]
+    assert executor.batches == [[1]]
 
 
 async def test_what_is_cancelled_in_the_queue_never_runs_and_leaves_the_others(executor):
@@ -411,6 +458,26 @@ async def test_the_window_ends_without_company(executor):
     executor.finish()
     async with batching(executor, window_s=0.01) as batcher:
         assert await answer(batcher.submit([1], 1, FOREVER)) == [2]
+
+
+async def test_a_deadline_that_comes_near_ends_the_window(executor):
+    executor.finish()
+    async with batching(executor, sizes=Slow(8, seconds=5.0), window_s=3600) as batcher:
+        assert await answer(batcher.submit([1], 1, time.monotonic() + 10.1)) == [2]
+
+
+async def test_the_window_begins_with_the_first_image(executor):
+    """And not when the executor is free: the first image has waited by then."""
+    clock = Clock()
+    async with batching(executor, window_s=3600, clock=clock) as batcher:
+        full = batcher.submit([0] * 8, 8, FOREVER)
+        await executor.began()
+        second = batcher.submit([2], 1, FOREVER)
+        clock.now += 3601
+        executor.finish(2)
+
+        assert await answer(full) == [0] * 8
+        assert await answer(second) == [4]
 
 
 async def test_close_ends_the_window(executor):

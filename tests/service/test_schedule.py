@@ -1,7 +1,9 @@
 """Order within a flow, fairness between flows, and what is dropped on the way."""
 
+import weakref
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -132,6 +134,76 @@ def test_iteration_shows_what_waits_and_takes_nothing():
 
     assert {job.name for job in queue} == {"a", "b"}
     assert len(queue) == 2
+
+
+def test_what_is_discarded_is_gone_at_once_and_never_comes_out():
+    queue = FairQueue()
+    gone = Job(size=5, deadline=1)
+    number = queue.push(gone, "a")
+    queue.push(Job(size=2, name="stays"), "a")
+    gone = weakref.ref(gone)
+
+    assert queue.discard(number)
+    assert gone() is None
+    assert (queue.images, len(queue)) == (2, 1)
+    assert not queue.discard(number)
+    assert names(queue.take(8, horizon=0)) == ["stays"]
+    assert (queue.images, len(queue)) == (0, 0)
+
+
+def test_what_has_begun_is_not_discarded():
+    queue = FairQueue()
+    number = queue.push(Job(size=8, name="begun"))
+    queue.take(4, horizon=0)
+
+    assert not queue.discard(number)
+    assert queue.images == 4
+    assert names(queue.take(8, horizon=0)) == ["begun"]
+    assert not queue.discard(number)
+
+
+@pytest.mark.parametrize("waits", [0, 1, 40])
+def test_many_that_are_discarded_leave_the_order_of_the_others(waits):
+    queue = FairQueue()
+    stay = [Job(deadline=n, name=str(n)) for n in range(waits)]
+    numbers = []
+    for n in range(500):
+        numbers.append(queue.push(Job(deadline=n % 50), n % 3))
+        if n < waits:
+            queue.push(stay[n], "others")
+
+    assert all(queue.discard(number) for number in numbers)
+    assert (queue.images, len(queue)) == (waits, waits)
+    assert names(queue.take(1000, horizon=0)) == [job.name for job in stay]
+
+
+def test_background_work_waits_for_the_callers_of_every_flow():
+    queue = FairQueue()
+    for _ in range(4):
+        queue.push(Job(priority=1, name="background"), "a")
+        queue.push(Job(priority=1000, name="shadow"), "a")
+        queue.push(Job(priority=0, name="b"), "b")
+        queue.push(Job(priority=-1, name="c"), "c")
+
+    served = [name for _ in range(16) for name in names(queue.take(1, horizon=0))]
+
+    assert sorted(served[:8]) == ["b"] * 4 + ["c"] * 4
+    assert served[8:] == ["background"] * 4 + ["shadow"] * 4
+
+
+def test_background_work_earns_its_flow_no_credit():
+    queue = FairQueue()
+    queue.push(Job(size=8, priority=1, name="background"), "a")
+    for _ in range(50):
+        queue.push(Job(size=8, name="steady"), "b")
+    for _ in range(20):
+        queue.take(8, horizon=0)
+    for _ in range(30):
+        queue.push(Job(size=8, name="newcomer"), "a")
+
+    served = [name for _ in range(20) for name in names(queue.take(8, horizon=0))]
+
+    assert 9 <= served.count("newcomer") <= 11
 
 
 def test_a_flood_of_one_flow_does_not_delay_the_other():
