@@ -183,10 +183,6 @@ class Admission:
             return 0.0
         return (held.images + images) * pace.seconds_per_image
 
-    def forget(self, flow: Hashable) -> None:
-        """A model was unloaded: what was learned about it is void."""
-        self._paces.pop(flow, None)
-
     def _check(self, flow: Hashable, held: _Flow, images: int, nbytes: int, left_s: float) -> None:
         if self._draining:
             raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)

@@ -259,9 +259,16 @@ def _chunks(images: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
 
 
 async def _all(chunks: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Runs the chunks side by side; the first failure cancels the others and is raised as it is."""
-    tasks = [asyncio.create_task(chunk) for chunk in chunks]
+    """Runs the chunks side by side; the first failure cancels the others and is raised as it is.
+
+    Each turn of the event loop begins one of them: thumbnails are decoded where they are, and others are to have their
+    turns between.
+    """
+    tasks: list[asyncio.Task[Result]] = []
     try:
+        for chunk in chunks:
+            tasks.append(asyncio.create_task(chunk))
+            await asyncio.sleep(0)
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:

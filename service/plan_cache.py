@@ -49,7 +49,10 @@ class Row(BaseModel):
 
 
 class Table(BaseModel):
-    """The rows in the order in which they were tried; `largest_batch` of the chosen one, in images."""
+    """The rows in the order in which they were tried; `largest_batch` of the chosen one, in images.
+
+    `cut_at_s`: the budget that was spent before all of them could be tried; None if all were.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +60,7 @@ class Table(BaseModel):
     rows: tuple[Row, ...]
     largest_batch: int
     seconds: float
+    cut_at_s: float | None = None
 
     @property
     def chosen(self) -> Row:
@@ -87,11 +91,13 @@ class PlanCache:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def read(self, name: str) -> Table | None:
-        """The table of a key; None if there is none that can be used."""
+    def read(self, name: str, budget_s: float = 0.0) -> Table | None:
+        """The table of a key; None if there is none that can be used, or if a larger budget would try more."""
         try:
             table = Table.model_validate_json(self._file(name).read_bytes())
         except (OSError, ValidationError):
+            return None
+        if table.cut_at_s is not None and table.cut_at_s < budget_s:
             return None
         return table if any(row.outcome == "chosen" for row in table.rows) else None
 

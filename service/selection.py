@@ -75,7 +75,7 @@ class Selector:
             ConvoyError: as for `build`.
         """
         name = plan_cache.key(version, wishes, self._machine)
-        known = None if refresh else self._cache.read(name)
+        known = None if refresh else self._cache.read(name, wishes.budget_s)
         if known is not None:
             return known, True
         table, _ = self._measure(version, wishes)
@@ -84,7 +84,7 @@ class Selector:
 
     def _remembered(self, version: ModelVersion, wishes: Wishes, name: str) -> list[OrtEngine] | None:
         """The executors of an earlier choice; None if there is none, or if it does not work any more."""
-        table = self._cache.read(name)
+        table = self._cache.read(name, wishes.budget_s)
         if table is None:
             return None
         try:
@@ -125,6 +125,7 @@ class Selector:
             rows=tuple(row.model_copy(update={"outcome": "chosen"}) if row is chosen else row for row in rows),
             largest_batch=_largest_batch(chosen, wishes),
             seconds=round(time.monotonic() - began, 3),
+            cut_at_s=wishes.budget_s if any(row.note == _spent(wishes) for row in rows) else None,
         )
         resources.trim_memory()
         return table, loaded
@@ -156,7 +157,7 @@ class Selector:
         ):
             return "the same file passes in a faster precision"
         if passed and elapsed_s > wishes.budget_s:
-            return f"the budget of {wishes.budget_s:g} s is spent"
+            return _spent(wishes)
         if provider == OPENVINO and AUTO in wishes.providers:
             on_cpu_s = min((_seconds_per_image(row) for row in passed if row.provider == CPU), default=_WORTHWHILE_S)
             if on_cpu_s < _WORTHWHILE_S:
@@ -219,6 +220,10 @@ def this_machine() -> Machine:
 def _executors(version: ModelVersion, table: Table, loaded: Loaded) -> list[OrtEngine]:
     buckets = loaded.plan.buckets(table.largest_batch)
     return engine.executors(version, loaded, table.chosen.file, buckets)
+
+
+def _spent(wishes: Wishes) -> str:
+    return f"the budget of {wishes.budget_s:g} s is spent"
 
 
 def _describes(row: Row, candidate: Candidate) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from service.classifier import Classifier
 from service.decode import decode_pool
 from service.engine import Engine
 from service.errors import ConvoyError, DeviceLostError
+from service.exits import Exit
 from service.http import HttpServer
 from service.metrics import Metrics
 from service.preprocess import Limits
@@ -37,6 +41,9 @@ _log = logs.get("server")
 # The loop beats this often; liveness fails after so many seconds without a beat.
 _BEAT_S = 0.25
 _STUCK_S = 10.0
+
+# How long threads may go on after everything is closed.
+_LINGER_S = 5.0
 
 # What a thread's waking and its call back to the loop cost together, with the lock that both fight for.
 _IN_TURN_S = 0.0002
@@ -60,6 +67,7 @@ class Server:
         self._device_lost = ""
         self._stop = asyncio.Event()
         self._periodic: list[asyncio.Task[None]] = []
+        self._heart: asyncio.Task[None] | None = None
         cpus = resources.cpu_count()
 
         self.metrics = metrics = Metrics()
@@ -105,7 +113,7 @@ class Server:
         if self._admin is not None:
             await self._admin.start()
         self._decoder.start()
-        self._every(_BEAT_S, self._beat)
+        self._heart = asyncio.create_task(_forever(_BEAT_S, self._beat))  # to the very end: a drain is no stuck loop
         await self._unless_stopped(self.repository.load_all())
         if self._stop.is_set():
             return
@@ -136,6 +144,8 @@ class Server:
         await self._decoder.close()
         if self._http is not None:
             self._http.stop()
+        if self._heart is not None:
+            self._heart.cancel()
         if served:
             say = _log.error if lost else _log.info
             say("stopped", cancelled_images=lost, seconds=round(time.monotonic() - began, 3))
@@ -208,6 +218,7 @@ class Server:
         if not self._device_lost:
             self._device_lost = f"the device is lost: {error}"
             _log.error("device lost", error=str(error))
+            self.metrics.ready.set(0)
             asyncio.run_coroutine_threadsafe(self._listener.lost(), self._loop)
 
     # --- what goes on beside the requests
@@ -291,7 +302,8 @@ def _options(settings: Settings) -> Options:
         port=settings.port,
         max_message_bytes=settings.max_message_bytes,
         max_connection_age_s=settings.max_connection_age_s,
-        grace_s=settings.drain_timeout_s,
+        # A connection that is retired, which happens all the time, has to outlive the longest call on it.
+        grace_s=max(settings.drain_timeout_s, settings.max_deadline_ms / 1000),
         tls=_tls(settings),
         message_timeout_s=settings.message_timeout_s,
         # A call brings an image at least: more than may be pending could not be admitted anyway.
@@ -324,6 +336,26 @@ def serve(settings: Settings) -> None:
     resources.share_heap()
 
     async def main() -> None:
+        workers = ThreadPoolExecutor(thread_name_prefix="worker")
+        asyncio.get_running_loop().set_default_executor(workers)
         await Server(settings).run()
+        workers.shutdown(wait=False)
+        _leave_what_hangs()
 
     uvloop.run(main())
+
+
+def _leave_what_hangs() -> None:
+    """Ends the process, with exit code 0, if a thread goes on after all is closed: Python would wait without bound.
+
+    That is a load that was under way: of a file system that does not answer, or of an engine that takes minutes.
+    """
+    end = time.monotonic() + _LINGER_S
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                _log.warning("left a load behind that does not end", thread=thread.name)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(Exit.OK)

@@ -6,7 +6,9 @@ them. A renewal that cannot be used (half written, key of another certificate, e
 
 from __future__ import annotations
 
+import math
 import ssl
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +20,10 @@ from service import logs
 from service.errors import ConfigurationError
 
 _log = logs.get("tls")
+
+# Files that did not serve are looked at again after so many seconds, though they are the same: their certificate may
+# have become valid, or the process may have a file descriptor again.
+_AGAIN_S = 30.0
 
 # Size, time and place of each file: Kubernetes swaps a link, other tools write in place.
 _Signature = tuple[tuple[int, int, int], ...]
@@ -43,14 +49,19 @@ class Certificates:
     Args:
         files: where it is.
         loaded: is told the end of validity of each certificate that comes into use, in seconds since 1970.
+        clock: monotonic seconds.
 
     Raises:
         ConfigurationError: a file cannot be read, or what is in them does not serve.
     """
 
-    def __init__(self, files: TlsFiles, loaded: Callable[[float], None]) -> None:
+    def __init__(
+        self, files: TlsFiles, loaded: Callable[[float], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._files = files
         self._loaded = loaded
+        self._clock = clock
+        self._again = math.inf
         self._seen = _signature(files)
         self._configuration = self._read()
 
@@ -66,11 +77,12 @@ class Certificates:
         """The certificate if its files have changed and it serves; None: go on with the one in use. Never raises."""
         try:
             signature = _signature(self._files)
-            if signature == self._seen:
+            if signature == self._seen and self._clock() < self._again:
                 return None
-            # Before reading: what changes meanwhile is looked at again, and what does not serve is not tried again.
-            self._seen = signature
+            # Before reading: what changes meanwhile is looked at again.
+            self._seen, self._again = signature, self._clock() + _AGAIN_S
             self._configuration = self._read()
+            self._again = math.inf
         except ConfigurationError as error:
             _log.error("certificate not renewed", error=str(error))
             return None

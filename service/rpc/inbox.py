@@ -7,11 +7,14 @@ connection lasts. So they are bounded here, in time and in number.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from service.errors import ConvoyError, DrainingError, ExpiredError, InvalidRequestError, OverloadedError
@@ -19,6 +22,8 @@ from service.rpc import status
 
 # A call that its client reset reads as one that ended, and is cancelled a moment later.
 _MOMENT_S = 0.01
+
+_RETRY_MS = 100
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -44,20 +49,24 @@ class Inbox:
         self._most = most
         self._waiting: dict[asyncio.Task[Any], float] = {}  # since when; oldest first
         self._ended: dict[asyncio.Task[Any], ConvoyError] = {}  # and why
+        self._streams: set[asyncio.Task[Any]] = set()  # calls that last as long as their clients like
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
+        self.closed = False
 
     async def message(self, context: Context) -> bytes | ConvoyError:
         """The next message of a call, or why there is none: for the caller to raise where it handles errors.
 
         Called in the call's own task.
         """
-        if self._closed:
-            return _draining()
+        if self.closed:
+            return draining()
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None  # noqa: S101  # inside of a coroutine there is one
         if len(self._waiting) >= self._most:
-            self._end(next(iter(self._waiting)), OverloadedError("too many calls wait for their messages", "unsent"))
+            self._end(
+                next(iter(self._waiting)),
+                OverloadedError("too many calls wait for their messages", "unsent", _RETRY_MS),
+            )
         self._waiting[task] = loop.time()
         if self._timer is None and self._patience_s < math.inf:
             self._timer = loop.call_later(self._patience_s, self._look)
@@ -74,11 +83,24 @@ class Inbox:
             self._waiting.pop(task, None)
         return InvalidRequestError("the call ended without a request") if message is aio.EOF else message
 
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Around a call whose answer is a stream, in its own task: `close` cancels it."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # inside of a coroutine there is one
+        self._streams.add(task)
+        try:
+            yield
+        finally:
+            self._streams.discard(task)
+
     def close(self) -> None:
-        """Ends those that wait, and takes no more: a server that stops waits for what it has, not for what may come."""
-        self._closed = True
+        """Ends those that wait and those that stream, and takes no more: a server that stops waits for what it has."""
+        self.closed = True
+        for task in self._streams - self._waiting.keys():
+            task.cancel()
         for task in list(self._waiting):
-            self._end(task, _draining())
+            self._end(task, draining())
 
     def _look(self) -> None:
         """Ends those that have waited too long, and comes back for the next."""
@@ -114,21 +136,32 @@ class Streamed:
     async def handle(self, _: object, context: Context) -> None:
         """Answers one call."""
         try:
-            request = (
-                self._requests(context) if self._many else self._parse(arrived(await self._inbox.message(context)))
-            )
-            if inspect.isasyncgenfunction(self._method):
-                async for reply in self._method(request, context):
-                    await context.write(reply)
-            else:
-                await self._method(request, context)
+            with self._inbox.streaming():
+                await self._answer(context)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not self._inbox.closed:
+                raise
+            task.uncancel()
+            await context.abort(status.code_of(draining()), str(draining()))
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INTERNAL, "the request is damaged, or no message of this method")
         except ConvoyError as error:
             await context.abort(status.code_of(error), str(error))
+
+    async def _answer(self, context: Context) -> None:
+        request = self._requests(context) if self._many else self._parse(arrived(await self._inbox.message(context)))
+        if inspect.isasyncgenfunction(self._method):
+            async for reply in self._method(request, context):
+                await context.write(reply)
+        else:
+            await self._method(request, context)
 
     async def _requests(self, context: Context) -> AsyncIterator[Any]:
         while not isinstance(message := await self._inbox.message(context), InvalidRequestError):
             yield self._parse(arrived(message))
 
 
-def _draining() -> DrainingError:
+def draining() -> DrainingError:
+    """What calls get that are not taken any more."""
     return DrainingError("the server is shutting down; try another replica", retry_after_ms=0)

@@ -310,14 +310,6 @@ def test_a_pace_spoilt_by_a_pause_recovers_even_if_it_refuses_all_company(admiss
     hold(admission, 1, deadline=clock.now + 1)
 
 
-def test_forgetting_a_model_forgets_its_pace(admission, clock):
-    answer_backlog(admission, clock, seconds_per_image=0.1)
-    admission.forget("a")
-    hold(admission, 20)
-
-    assert admission.forecast_s("a", 1) == 0.0
-
-
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from("abc"), st.integers(1, 60), st.integers(0, 600), st.booleans()), max_size=60

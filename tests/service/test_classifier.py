@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from service import serving
+from service import classifier, serving
 from service.admission import Admission
 from service.classifier import Classifier, Query, answers
 from service.decode import decode_pool
@@ -320,3 +320,23 @@ async def test_timing_and_outcomes_are_measured(bench):
     assert value("convoy_image_errors_total", {"reason": "corrupt", "format": "PNG"}) == 1
     for stage in ("decode", "queue", "infer"):
         assert value("convoy_stage_duration_seconds_count", {"model": "grey", "stage": stage}) == 1
+
+
+async def test_thumbnails_of_a_large_request_leave_others_their_turns(tmp_path, monkeypatch):
+    """They are decoded on the event loop: all at once, nobody else would be answered meanwhile."""
+    turn, turns = 0, []
+    decode = classifier.decode_here
+
+    def decode_here(work):
+        turns.append(turn)
+        return decode(work)
+
+    monkeypatch.setattr(classifier, "decode_here", decode_here)
+    async with classifying(tmp_path, toys.ToyEngine()) as bench:
+        asking = asyncio.create_task(bench.ask([toys.grey_png(0)] * 64))
+        while not asking.done():
+            turn += 1
+            await asyncio.sleep(0)
+
+    assert len(asking.result().outcomes) == 64
+    assert len(turns) == len(set(turns)) == 4

@@ -58,6 +58,13 @@ def test_a_table_without_a_choice_is_none(tmp_path):
     assert cache.read("a") is None
 
 
+def test_a_table_that_a_budget_cut_short_is_none_for_a_larger_one(tmp_path):
+    cache = PlanCache(tmp_path)
+    cache.write("a", TABLE.model_copy(update={"cut_at_s": 2.0}))
+    assert cache.read("a", budget_s=2.0) is not None
+    assert cache.read("a", budget_s=2.1) is None
+
+
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = PlanCache(tmp_path / "file" / "plans")

@@ -1,5 +1,7 @@
 """The choice among variants and providers, with real sessions on the CPU provider."""
 
+import dataclasses
+
 import pytest
 import structlog
 from variants import CLASSES, levels_image, machine, slowed, version_with, wrong
@@ -241,6 +243,17 @@ def test_the_budget_ends_the_trying_but_not_before_something_works(tmp_path, sel
     version = version_with(tmp_path, int8=same)
     wishes = Wishes(providers=("cpu",), max_batch_size=8, budget_s=0)
     assert [row.outcome for row in selector.table(version, wishes)[0].rows] == ["chosen", "skipped"]
+
+
+def test_a_larger_budget_tries_what_the_smaller_one_left_out(tmp_path, selector):
+    version = version_with(tmp_path, int8=same)
+    wishes = Wishes(providers=("cpu",), max_batch_size=8, budget_s=0)
+    selector.table(version, wishes)
+    assert selector.table(version, wishes)[1]  # remembered
+    table, remembered = selector.table(version, dataclasses.replace(wishes, budget_s=60))
+    assert not remembered
+    assert {row.outcome for row in table.rows} == {"chosen", "slower"}
+    assert selector.table(version, dataclasses.replace(wishes, budget_s=90))[1]
 
 
 def test_this_machine_is_described():

@@ -1,11 +1,14 @@
 """The life of a server: start, ports, health, drain, end, and every way in which a start can fail."""
 
 import asyncio
+import io
 import json
+import os
 import re
 import signal
 import socket
 import threading
+import time
 import urllib.request
 
 import grpc
@@ -17,9 +20,12 @@ from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from google.protobuf.message import Message
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
 
+from service import server as server_module
 from service.artifact import InputSpec, Resize
 from service.errors import ArtifactError, ConfigurationError
+from service.rpc.listener import Listener
 
 
 def http_get(port, path):
@@ -107,6 +113,48 @@ async def test_a_drain_that_takes_too_long_cancels_the_rest_and_counts_it(tmp_pa
 
     (stopped,) = [line for line in lines if line["event"] == "stopped" and line["cancelled_images"]]
     assert (stopped["cancelled_images"], stopped["log_level"]) == (100, "error")
+
+
+async def test_a_long_drain_is_not_taken_for_a_stuck_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "_STUCK_S", 0.5)
+    monkeypatch.setattr(server_module, "_BEAT_S", 0.05)
+    toys.write_version(tmp_path)
+    stream = io.BytesIO()
+    Image.new("L", (3000, 3000)).save(stream, "PNG")  # unlike a JPEG it has to be decoded in full
+    photos = pb.ClassifyRequest(images=[stream.getvalue()] * 80)
+    lives = []
+    async with (
+        toys.real_server(tmp_path, decode_threads=1, drain_timeout_s=60.0) as server,
+        aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub = pb_grpc.ImageClassifierStub(channel)
+        call = stub.Classify(photos)
+        while not server.metrics.registry.get_sample_value("convoy_pending_images"):
+            await stub.ListModels(pb.ListModelsRequest())
+        stopping, began = asyncio.create_task(server.shutdown()), time.monotonic()
+        while time.monotonic() - began < 1.0 and not call.done():
+            lives.append((await get(server.http_port, "/health/live"))[0])
+        assert not call.done(), "the drain was too short to show anything"
+        await asyncio.gather(call, stopping)
+
+    assert set(lives) == {200}
+
+
+async def test_a_retired_connection_outlives_the_longest_call(tmp_path, monkeypatch):
+    seen = []
+
+    class Told(Listener):
+        def __init__(self, options, *parts):
+            seen.append(options)
+            super().__init__(options, *parts)
+
+    monkeypatch.setattr(server_module, "Listener", Told)
+    toys.write_version(tmp_path)
+    for drain_s in (1.0, 90.0):
+        async with toys.real_server(tmp_path, drain_timeout_s=drain_s, max_deadline_ms=30_000):
+            pass
+
+    assert [options.grace_s for options in seen] == [30.0, 90.0]
 
 
 async def test_a_taken_grpc_port_does_not_start(tmp_path):
@@ -267,6 +315,36 @@ def test_a_signal_ends_an_idle_server_with_zero(tmp_path, number):
 
     assert code == 0, log
     assert [event["event"] for event in process.events()][-1] == "stopped"
+
+
+def test_a_load_that_does_not_end_holds_up_no_stop(tmp_path):
+    """A pipe that nobody writes to stands for a file system that does not answer."""
+    toys.write_version(tmp_path)
+    fresh = toys.write_version(tmp_path, number=2)
+    aside = tmp_path / ".aside"
+    fresh.rename(aside)
+    (aside / "model.onnx").unlink()
+    os.mkfifo(aside / "model.onnx")
+    with toys.serve_process(tmp_path, "--repository-poll-s", "0.1") as (process, _):
+        aside.rename(fresh)
+        pipe = wait_for_reader(fresh / "model.onnx")
+        process.signal(signal.SIGTERM)
+        code, log = process.ended()
+        os.close(pipe)
+
+    assert code == 0, log
+    assert [event["event"] for event in process.events()][-2:] == ["stopped", "left a load behind that does not end"]
+
+
+def wait_for_reader(pipe, timeout_s=20):
+    """Opens a pipe for writing once somebody reads from it."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert time.monotonic() < end, "nobody reads it"
+            time.sleep(0.05)
 
 
 def test_a_termination_under_load_loses_nothing_that_was_accepted(tmp_path):

@@ -134,6 +134,19 @@ async def test_a_renewal_that_does_not_serve_leaves_the_old_one(serve, files, au
     assert certificates.renewed() is not None
 
 
+async def test_a_renewal_that_is_not_valid_yet_is_taken_when_it_is(files, authority, tmp_path):
+    now = [0.0]
+    certificates = Certificates(files, lambda _: None, clock=lambda: now[0])
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=2)
+    write(tmp_path, authority.issue_cert("localhost", not_before=soon))
+    assert certificates.renewed() is None
+    await asyncio.sleep((soon - dt.datetime.now(dt.UTC)).total_seconds() + 1)
+    assert certificates.renewed() is None  # it is not looked at again and again
+    now[0] += 60
+    assert certificates.renewed() is not None
+    assert certificates.renewed() is None
+
+
 def test_check_tells_the_end_of_validity(files):
     assert check(files) > time.time() + DAY.total_seconds()
 

@@ -208,6 +208,19 @@ async def test_stop_closes_the_port_and_waits_for_the_call_in_flight(tmp_path):
     assert response.results[0].classification.classes[0].index == 0
 
 
+async def test_who_watches_does_not_hold_up_the_stop_and_is_told_to_go_elsewhere(tmp_path):
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}) as stand:
+        watch = health_pb2_grpc.HealthStub(stand.channel).Watch(health_pb2.HealthCheckRequest(service="liveness"))
+        await watch.read()
+        async with asyncio.timeout(10):
+            await stand.listener.stop(60)
+            with pytest.raises(aio.AioRpcError) as caught:
+                await watch.read()
+
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in caught.value.details()
+
+
 async def test_calls_sent_before_the_stop_are_all_answered(tmp_path):
     """grpc would cancel those that no handler has got yet; clients do not try a cancelled call again."""
     async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}) as stand:

@@ -155,6 +155,16 @@ async def test_bytes_that_are_no_message_leave_the_server_unharmed(stand, garbag
     assert winners(await stand.stub.Classify(request(5))) == [5]
 
 
+async def test_a_stream_with_damaged_messages_is_internal_as_a_call_is(stand):
+    reflect = stand.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    call = reflect(iter([b"\xff\xff\xff"]))
+    with pytest.raises(aio.AioRpcError) as caught:
+        await call.read()
+
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "damaged" in caught.value.details()
+
+
 async def test_a_message_that_is_too_large_is_refused(stand):
     error = await refused(stand.stub.Classify(pb.ClassifyRequest(images=[bytes(1 << 21)])))
 
