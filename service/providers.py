@@ -202,17 +202,18 @@ def tensorrt_options(
 
     made = {
         "device_id": str(gpu),
-        "trt_fp16_enable": str(int(plan.precision == "fp16")),
-        "trt_int8_enable": str(int(plan.precision == "int8")),
+        # Unlike the CUDA provider's, these switches are "True" or "False": "1" is an error.
+        "trt_fp16_enable": str(plan.precision == "fp16"),
+        "trt_int8_enable": str(plan.precision == "int8"),
         "trt_profile_min_shapes": profile(buckets[0]),
         "trt_profile_opt_shapes": profile(buckets[-1]),
         "trt_profile_max_shapes": profile(buckets[-1]),
     }
     if cache is not None:
         made |= {
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": "True",
             "trt_engine_cache_path": str(cache),
-            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(cache.parent),
         }
     return {**made, **plan.options}

@@ -106,7 +106,8 @@ def _open_gpus(
         )
 
     with _progress(plan.provider, path):
-        wanted = plan.options.get("enable_cuda_graph", "1") == "1" and plan.provider == CUDA
+        # As settings files may write it: 1, true.
+        wanted = plan.options.get("enable_cuda_graph", "1").lower() in {"1", "true"} and plan.provider == CUDA
         if not wanted:
             return opened(graphs=False), False
         try:

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
+import toys
+from onnxruntime.capi import _pybind_state
 
 from service import providers
 from service.errors import ProviderError
@@ -127,7 +130,9 @@ def test_cuda_grows_its_arena_as_asked_and_lets_the_settings_win():
     assert options["use_tf32"] == "0"
 
 
-@pytest.mark.parametrize(("precision", "fp16", "int8"), [("fp16", "1", "0"), ("int8", "0", "1"), ("", "0", "0")])
+@pytest.mark.parametrize(
+    ("precision", "fp16", "int8"), [("fp16", "True", "False"), ("int8", "False", "True"), ("", "False", "False")]
+)
 def test_tensorrt_s_profile_spans_every_bucket(precision, fp16, int8):
     options = providers.tensorrt_options(
         Plan(TENSORRT, 1, precision=precision),
@@ -142,6 +147,28 @@ def test_tensorrt_s_profile_spans_every_bucket(precision, fp16, int8):
     assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (fp16, int8)
     assert options["trt_engine_cache_path"] == "/cache/gpu/key"
     assert options["trt_timing_cache_path"] == "/cache/gpu"
+
+
+def asked_of_tensorrt(options, tmp_path):
+    """ONNX Runtime's binding reads TensorRT's options before it looks for the library, which need not be there."""
+    quiet = ort.SessionOptions()
+    quiet.log_severity_level = 4
+    version = toys.write_version(tmp_path)
+    session = _pybind_state.InferenceSession(quiet, str(version / "model.onnx"), True, False)
+    session.initialize_session([TENSORRT, CPU], [options, {}], set())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", ""])
+def test_onnx_runtime_takes_tensorrt_s_options(tmp_path, precision):
+    plan = Plan(TENSORRT, 1, precision=precision)
+    shape = {"shape": (2, 2, 1), "input_name": "image", "buckets": (1, 2)}
+    asked_of_tensorrt(providers.tensorrt_options(plan, 0, **shape, cache=tmp_path / "gpu" / "key"), tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"trt_fp16_enable": "1"}, {"trt_no_such_option": "True"}])
+def test_it_would_not_take_others(tmp_path, wrong):
+    with pytest.raises(RuntimeError, match=next(iter(wrong))):
+        asked_of_tensorrt(wrong, tmp_path)
 
 
 def test_without_a_cache_tensorrt_is_told_of_none():
