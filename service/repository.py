@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from service import logs
 from service.errors import (
@@ -26,6 +27,7 @@ from service.errors import (
     InvalidRequestError,
     ModelNotReadyError,
     NotFoundError,
+    OutOfMemoryError,
     OutOfReachError,
 )
 from service.metrics import Metrics
@@ -40,14 +42,32 @@ _log = logs.get("repository")
 Loader = Callable[[Path, bool], tuple[ServedModel, float]]
 
 
+# After a failure that may pass, a version is tried again after so many seconds, then after twice as many, and so on.
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 300.0
+
+
+# These have nothing to do with the files.
+_PASSING = (OutOfReachError, OutOfMemoryError)
+
+
+class _Again(NamedTuple):
+    """When a version is to be tried again (monotonic seconds), and how long that pause was."""
+
+    at: float
+    pause_s: float
+
+
 @dataclass
 class _Model:
     routing: Routing
     served: dict[int, ServedModel] = field(default_factory=dict)
     seen: dict[int, Fingerprint] = field(default_factory=dict)  # of each version at its last load, good or bad
     failed: dict[int, str] = field(default_factory=dict)
+    again: dict[int, _Again] = field(default_factory=dict)  # of those that failed for a reason that may pass
     by_hand: dict[int, bool] = field(default_factory=dict)  # versions that an operator loaded (True) or unloaded
     unloaded: bool = False
+    loading: bool = False
     settled: bool = False  # all that its routing needs has been loaded, or has failed to
 
     def needed(self, present: list[int]) -> list[int]:
@@ -67,6 +87,7 @@ class Repository:
         names: the models to serve; empty means all.
         routings: of models that do not follow the default.
         release_timeout_s: how long a replaced version may take to finish what it has begun.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -78,7 +99,9 @@ class Repository:
         names: tuple[str, ...] = (),
         routings: Mapping[str, Routing] | None = None,
         release_timeout_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._source = source
         self._load = load
         self._metrics = metrics
@@ -171,7 +194,7 @@ class Repository:
                 f"`convoy train DATA --repository {self._source.location} --name NAME`"
             )
         for name, numbers in sorted(present.items()):
-            if not self._routing_for(name).needed(numbers):
+            if not self._routing_for(name).answering(numbers):
                 raise ConfigurationError(
                     f"model {name}: no version fits the policy {self._routing_for(name).versions!r}; it has {numbers}"
                 )
@@ -200,7 +223,8 @@ class Repository:
             known = self._models.get(name)
             if name in (self._names or present) and (known is None or not known.unloaded):
                 await self._settle(name, numbers, strict=False)
-        await asyncio.to_thread(self._source.tidy, present, {(served.name, served.number) for served in self})
+        async with self._changing:  # what is being loaded must not be tidied away
+            await asyncio.to_thread(self._source.tidy, present, {(served.name, served.number) for served in self})
 
     async def load(self, name: str, number: int | None = None) -> None:
         """Loads a model, or loads it again from what is now on disk. The versions already served answer meanwhile.
@@ -223,13 +247,12 @@ class Repository:
         model = self._model(name)
         if number is not None:
             async with self._changing:
-                await self._replace(name, number, force=True)
-            model.by_hand[number] = True
-            model.settled = True
+                with _loading(model):
+                    await self._replace(name, number, force=True)
+                model.by_hand[number] = True
+                model.settled, model.unloaded = True, False
         else:
-            model.by_hand.clear()
-            await self._settle(name, present, strict=True, force=True)
-        model.unloaded = False
+            await self._settle(name, present, strict=True, afresh=True)
 
     async def unload(self, name: str, number: int | None = None) -> None:
         """Takes a model, or one version of it, out of service; polling does not bring it back, `load` does.
@@ -265,6 +288,9 @@ class Repository:
         if unknown := routing.missing({*present, *served}):
             raise InvalidRequestError(f"model {name} has no version {', '.join(map(str, unknown))}; it has {present}")
         async with self._changing:
+            served = self._find(name).served  # it may have been unloaded while this waited
+            if not routing.answering({*present, *served}):
+                raise InvalidRequestError(f"no version of model {name} would answer: there is only its shadow")
             # Nothing answers before everything is there: a version in service may take traffic.
             loaded = await self._loaded_beside(name, routing.needed(present))
             model = self._models[name]
@@ -325,7 +351,7 @@ class Repository:
         model = self._models.get(name)
         if model is not None and model.served and model.settled:
             return model
-        if not self._complete or (model is not None and model.served):
+        if not self._complete or (model is not None and (model.served or model.loading)):
             raise ModelNotReadyError("models are still being loaded", retry_after_ms=500)
         known = ", ".join(sorted(self.names())) or "none"
         raise NotFoundError(f"there is no model {name!r}; served are: {known}" if name else f"name the model: {known}")
@@ -365,6 +391,7 @@ class Repository:
         for name, model in self._models.items():
             for number in set(model.failed).difference(present.get(name, [])):
                 del model.failed[number]
+                model.again.pop(number, None)
                 if number not in model.served:
                     model.seen.pop(number, None)
 
@@ -374,31 +401,66 @@ class Repository:
             present = {name: numbers for name, numbers in present.items() if name in self._names}
         return present
 
-    async def _settle(self, name: str, present: list[int], *, strict: bool, force: bool = False) -> None:
-        """Loads what the routing needs and retires the rest, once at least one needed version is served."""
+    async def _settle(self, name: str, present: list[int], *, strict: bool, afresh: bool = False) -> None:
+        """Loads what the routing needs, and retires the rest once all that answers of it is served.
+
+        Args:
+            name: of the model.
+            present: its versions in the source.
+            strict: a version that cannot be served is raised; else it is passed over, and an unloaded model, too.
+            afresh: what was loaded and unloaded by hand is forgotten, and everything is loaded again.
+        """
         async with self._changing:
             model = self._model(name)
+            if model.unloaded and not strict:
+                return  # while this waited
+            by_hand, model.by_hand = model.by_hand, {} if afresh else model.by_hand
             needed = model.needed(present)
             try:
-                for number in needed:
-                    with suppress(*(() if strict else (ConvoyError,))):
-                        await self._replace(name, number, force=force)
+                with _loading(model):
+                    for number in needed:
+                        with suppress(*(() if strict else (ConvoyError,))):
+                            await self._replace(name, number, force=afresh, unless_served=strict)
+            except BaseException:
+                model.by_hand = by_hand
+                raise
             finally:
                 model.settled = True
-            if any(number in model.served for number in needed):
-                for number in [number for number in model.served if number not in needed]:
-                    self._retire(name, number)
-                    model.seen.pop(number, None)
+            if afresh:
+                model.unloaded = False
+            self._retire_others(name, needed)
 
-    async def _replace(self, name: str, number: int, *, force: bool = False) -> None:
-        """Loads a version unless its files are those of the last attempt, and swaps it in."""
+    def _retire_others(self, name: str, needed: Sequence[int]) -> None:
+        """What is not needed goes; but for one that does not load, or if only the shadow is left, it serves on."""
+        model = self._models[name]
+        answering = [number for number in needed if number != model.routing.shadow]
+        if not answering or any(number not in model.served for number in answering):
+            return
+        for number in [number for number in model.served if number not in needed]:
+            self._retire(name, number)
+            model.seen.pop(number, None)
+
+    async def _replace(self, name: str, number: int, *, force: bool = False, unless_served: bool = False) -> None:
+        """Loads a version unless its files are those of the last attempt, and swaps it in.
+
+        Args:
+            name: of the model.
+            number: of the version.
+            force: whatever its files are.
+            unless_served: the same, if it is not in service.
+        """
         model = self._model(name)
         fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
-        if not force and model.seen.get(number) == fingerprint:
+        wanted = force or (unless_served and number not in model.served) or self._may_try_again(model, number)
+        if not wanted and model.seen.get(number) == fingerprint:
             return
         if not fingerprint and number in model.served:
             return  # gone from the source: what is served stays until something takes its place
         self._admit(model, *await self._loaded(name, number, fingerprint))
+
+    def _may_try_again(self, model: _Model, number: int) -> bool:
+        again = model.again.get(number)
+        return again is not None and self._clock() >= again.at
 
     async def _loaded_beside(self, name: str, numbers: Iterable[int]) -> list[tuple[ServedModel, float]]:
         """Those versions that are not in service as they are in the source now; all of them, or none."""
@@ -420,25 +482,36 @@ class Repository:
         """A version that is ready to serve, and its canary's largest difference; a failure is counted and kept."""
         model = self._model(name)
         model.seen[number] = fingerprint
+        fetched = False
         try:
             path = await asyncio.to_thread(self._source.fetch, name, number)
+            fetched = True
             gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
             served, difference = await asyncio.to_thread(self._load, path, gently)
-            if served.name != name:
-                await served.release(0)
-                raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
-        except OSError as error:
-            failure: ConvoyError = ArtifactError(f"{name} version {number} cannot be read: {error}")
+            await _check_name(served, name, path)
         except ConvoyError as error:
             failure = error
+        except OSError as error:
+            failure = OutOfReachError(f"{name} version {number} cannot be read: {error}")
+        except Exception as error:  # noqa: BLE001  # one version must not end the round for all, whatever is in its files
+            _log.exception("a version cannot be loaded for no known reason", model=name, version=number)
+            failure = ArtifactError(f"{name} version {number} cannot be loaded: {type(error).__name__}: {error}")
+            failure.__cause__ = error
         else:
+            model.again.pop(number, None)
             return served, difference
+        self._note_failure(model, name, number, failure, passing=not fetched or isinstance(failure, _PASSING))
+        raise failure
+
+    def _note_failure(self, model: _Model, name: str, number: int, failure: ConvoyError, *, passing: bool) -> None:
+        """Counts it and keeps it; of a reason that may pass also when to try again, after ever longer pauses."""
         model.failed[number] = str(failure)
-        if isinstance(failure, OutOfReachError):
-            del model.seen[number]
+        last = model.again.pop(number, None)
+        if passing:
+            pause_s = min(2 * last.pause_s, _LONGEST_PAUSE_S) if last else _FIRST_PAUSE_S
+            model.again[number] = _Again(self._clock() + pause_s, pause_s)
         self._metrics.model_load_failures.labels(model=name).inc()
         _log.error("model not loaded", model=name, version=number, error=str(failure))
-        raise failure
 
     def _admit(self, model: _Model, served: ServedModel, difference: float) -> None:
         """From the next request on this version is in service."""
@@ -479,6 +552,22 @@ class Repository:
         del served
         await asyncio.to_thread(trim_memory)
         _log.info("model released", model=name, version=number)
+
+
+async def _check_name(served: ServedModel, name: str, path: Path) -> None:
+    if served.name != name:
+        await served.release(0)
+        raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
+
+
+@contextmanager
+def _loading(model: _Model) -> Iterator[None]:
+    """While it lasts, a model without a version in service is not ready, rather than unknown."""
+    model.loading = True
+    try:
+        yield
+    finally:
+        model.loading = False
 
 
 def _what_runs(served: ServedModel) -> dict[str, str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from service.errors import InvalidRequestError
 
+_MOST_DIGITS = 19
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -22,8 +24,17 @@ class Routing:
     shadow: int | None = None
 
     def check(self) -> None:
-        """Raises InvalidRequestError for a policy that is none, and for weights that nothing can be split by."""
+        """Raises InvalidRequestError for what makes no sense, or what leaves no version to answer.
+
+        A policy that is none, weights that nothing can be split by, a shadow that is to answer, too.
+        """
         wanted_versions(self.versions, [])
+        if self.shadow in self.traffic:
+            raise InvalidRequestError(
+                f"version {self.shadow} cannot be the shadow and have traffic: a shadow never answers"
+            )
+        if self.shadow is not None and set(_numbers(self.versions) or ()) == {self.shadow} and not self.traffic:
+            raise InvalidRequestError(f"version {self.shadow} is the shadow, and no other would answer")
         weights = self.traffic.values()
         if any(not weight > 0 for weight in weights):
             raise InvalidRequestError("the weights of a traffic split have to be above 0; leave a version out instead")
@@ -32,8 +43,13 @@ class Routing:
 
     def needed(self, present: list[int]) -> list[int]:
         """Versions that have to be loaded, of those that are present."""
-        named = {number for number in (*self.traffic, self.shadow) if number in present}
-        return sorted({*wanted_versions(self.versions, present), *named})
+        shadow = {self.shadow} & set(present)
+        return sorted({*self.answering(present), *(number for number in shadow if number is not None)})
+
+    def answering(self, present: Collection[int]) -> list[int]:
+        """Of those, the ones that answer: the latest, for instance, are the latest beside the shadow."""
+        others = sorted(number for number in present if number != self.shadow)
+        return sorted({*wanted_versions(self.versions, others), *(set(self.traffic) & set(others))})
 
     def missing(self, present: Collection[int]) -> list[int]:
         """Versions that it names and that are not present."""
@@ -54,7 +70,7 @@ def wanted_versions(policy: str, present: Sequence[int]) -> list[int]:
     word, _, count = policy.partition(":")
     if policy == "all":
         return list(present)
-    if word == "latest" and (not count or (count.isdecimal() and int(count) > 0)):
+    if word == "latest" and (not count or (_is_number(count) and int(count) > 0)):
         return list(present[-int(count or 1) :])
     numbers = _numbers(policy)
     if numbers is None:
@@ -65,4 +81,9 @@ def wanted_versions(policy: str, present: Sequence[int]) -> list[int]:
 def _numbers(policy: str) -> list[int] | None:
     """The numbers that a policy lists; None if it is no list of numbers."""
     parts = [part.strip() for part in policy.split(",")]
-    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else None
+    return [int(part) for part in parts] if all(map(_is_number, parts)) else None
+
+
+def _is_number(text: str) -> bool:
+    """Digits, and not more of them than any version has."""
+    return text.isdecimal() and len(text) <= _MOST_DIGITS

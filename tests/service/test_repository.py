@@ -18,6 +18,7 @@ from service.errors import (
     ArtifactError,
     ConfigurationError,
     EngineError,
+    InvalidRequestError,
     ModelNotReadyError,
     NotFoundError,
     OutOfReachError,
@@ -26,6 +27,14 @@ from service.metrics import Metrics
 from service.repository import Repository
 from service.routing import Routing
 from service.sources import LocalSource
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
 
 
 @asynccontextmanager
@@ -160,7 +169,8 @@ async def test_a_shadow_that_is_left_alone_does_not_answer(root):
 
 
 async def test_what_was_out_of_reach_is_tried_again_although_nothing_changed(root, monkeypatch):
-    async with opened(root) as repository:
+    clock = Clock()
+    async with opened(root, clock=clock) as repository:
         await repository.load_all()
         toys.write_version(root, "grey", 11)
 
@@ -171,6 +181,7 @@ async def test_what_was_out_of_reach_is_tried_again_although_nothing_changed(roo
             patch.setattr(LocalSource, "fetch", lost)
             await repository.poll()
         assert [number for _, number, _ in repository.failures()] == [11]
+        clock.now += 1
         await repository.poll()
 
         assert served(repository) == [("grey", 11), ("other", 1)]
@@ -484,3 +495,187 @@ async def test_whether_the_repository_can_be_reached_shows_in_the_metrics(root):
             await repository.poll()
             reached.append(repository.registry.get_sample_value("convoy_repository_reachable"))
         assert reached == [1, 0, 1]
+
+
+def damage(path):
+    (path / "model.onnx").write_bytes(b"damaged")
+
+
+@pytest.mark.parametrize(
+    ("routing", "start", "published"),
+    [
+        (Routing(shadow=1), [("grey", 1), ("grey", 10)], 11),
+        (Routing("latest:2"), [("grey", 2), ("grey", 10)], 11),
+        (Routing("10,11", shadow=1), [("grey", 1), ("grey", 10)], 11),
+    ],
+)
+async def test_a_version_that_does_not_load_takes_none_out_of_service(root, routing, start, published):
+    async with opened(root, names=("grey",), routings={"grey": routing}) as repository:
+        await repository.load_all()
+        assert served(repository) == start
+        damage(toys.write_version(root, "grey", published))
+        await repository.poll()
+
+        assert served(repository) == start
+        assert repository.get("grey").number == 10
+
+
+async def test_what_was_loaded_by_hand_takes_nothing_over_from_the_latest(root):
+    async with opened(root, names=("grey",)) as repository:
+        await repository.load_all()
+        await repository.load("grey", 1)
+        damage(toys.write_version(root, "grey", 11))
+        await repository.poll()
+
+        assert served(repository) == [("grey", 1), ("grey", 10)]
+        assert repository.get("grey").number == 10
+
+
+async def test_the_only_version_that_answers_stays_when_its_directory_goes(root):
+    async with opened(root, names=("grey",), routings={"grey": Routing("2", shadow=1)}) as repository:
+        await repository.load_all()
+        shutil.rmtree(root / "grey" / "2")
+        await repository.poll()
+
+        assert repository.get("grey").number == 2
+
+
+async def test_a_shadow_that_becomes_the_latest_is_still_no_answer(root):
+    async with opened(root, names=("grey",), routings={"grey": Routing(shadow=11)}) as repository:
+        await repository.load_all()
+        toys.write_version(root, "grey", 11)
+        await repository.poll()
+
+        assert served(repository) == [("grey", 10), ("grey", 11)]
+        assert repository.get("grey").number == 10
+        await repository.route("grey", Routing(shadow=10))
+        assert repository.get("grey").number == 11
+
+
+async def test_a_model_of_which_only_a_shadow_is_there_is_refused(root):
+    async with opened(root, routings={"other": Routing(shadow=1)}) as repository:
+        with pytest.raises(ConfigurationError, match="model other"):
+            await repository.load_all()
+    async with opened(root) as repository:
+        await repository.load_all()
+        with pytest.raises(InvalidRequestError, match="only its shadow"):
+            await repository.route("other", Routing(shadow=1))
+        assert repository.get("other").number == 1
+
+
+async def test_an_unload_that_a_poll_waits_behind_is_not_undone(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        loading = await gate.hold(repository.load("other", 1))
+        unloading = asyncio.create_task(repository.unload("grey"))
+        await asyncio.sleep(0)
+        toys.write_version(root, "grey", 11)
+        polling = asyncio.create_task(repository.poll())
+        for _ in range(20):  # until the poll has looked, and waits for its turn
+            await asyncio.to_thread(lambda: None)
+        gate.open.set()
+        await asyncio.gather(loading, unloading, polling)
+
+        assert served(repository) == [("other", 1)]
+        await repository.load("grey")
+        assert repository.get("grey").number == 11
+
+
+async def test_a_failed_load_forgets_nothing_that_was_done_by_hand(root):
+    async with opened(root, names=("grey",), routings={"grey": Routing("all")}) as repository:
+        await repository.load_all()
+        await repository.unload("grey", 10)
+        damage(root / "grey" / "1")
+        with pytest.raises(ArtifactError):
+            await repository.load("grey")
+        await repository.poll()
+
+        assert repository.get("grey").number == 2
+
+
+async def test_a_failure_that_may_pass_is_tried_again_after_ever_longer_pauses(root, monkeypatch):
+    clock, attempts = Clock(), []
+
+    def failing(gently):
+        attempts.append(clock.now)
+        if broken:
+            raise OSError(24, "Too many open files")
+
+    broken = False
+    async with opened(root, failing, names=("grey",), clock=clock) as repository:
+        await repository.load_all()
+        attempts.clear()
+        broken = True
+        toys.write_version(root, "grey", 11)
+        for _ in range(300):
+            await repository.poll()
+            clock.now += 1
+        pauses = [later - earlier for earlier, later in itertools.pairwise(attempts)]
+        assert pauses == [1, 2, 4, 8, 16, 32, 64, 128]
+        broken = False
+        clock.now += 300
+        await repository.poll()
+
+        assert served(repository) == [("grey", 11)]
+        assert list(repository.failures()) == []
+
+
+async def test_a_damaged_version_is_tried_once(root):
+    clock = Clock()
+    async with opened(root, names=("grey",), clock=clock) as repository:
+        await repository.load_all()
+        damage(toys.write_version(root, "grey", 11))
+        for _ in range(5):
+            await repository.poll()
+            clock.now += 1000
+
+        assert repository.registry.get_sample_value("convoy_model_load_failures_total", {"model": "grey"}) == 1
+
+
+async def test_whatever_a_version_raises_ends_no_round(root):
+    def raising(gently):
+        if strange:
+            raise ValueError("embedded null byte")
+
+    strange = False
+    async with opened(root, raising) as repository:
+        await repository.load_all()
+        strange = True
+        toys.write_version(root, "grey", 11)
+        await repository.poll()
+
+        assert [(name, number) for name, number, _ in repository.failures()] == [("grey", 11)]
+        assert served(repository) == [("grey", 10), ("other", 1)]
+
+
+async def test_a_model_that_is_loaded_again_is_not_ready_rather_than_unknown(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        await repository.unload("other")
+        with pytest.raises(NotFoundError):
+            repository.get("other")
+        loading = await gate.hold(repository.load("other"))
+        with pytest.raises(ModelNotReadyError):
+            repository.get("other")
+        gate.open.set()
+        await loading
+
+        assert repository.get("other").number == 1
+
+
+async def test_a_start_tries_again_what_failed_by_hand_before(root):
+    broken = True
+
+    def failing(gently):
+        if broken:
+            raise OSError(24, "Too many open files")
+
+    async with opened(root, failing, names=("grey",)) as repository:
+        with pytest.raises(ArtifactError):
+            await repository.load("grey", 10)
+        broken = False
+        await repository.load_all()
+
+        assert served(repository) == [("grey", 10)]
