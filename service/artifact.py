@@ -216,12 +216,16 @@ class ModelVersion:
         """The canary's encoded images, in the order of its probabilities.
 
         Raises:
-            ArtifactError: one of them is gone.
+            ArtifactError: one of them is gone, or is another one now: the model in memory is not to be judged by that.
         """
         try:
-            return [self.file(name).read_bytes() for name in self.manifest.canary.images]
+            images = [self.file(name).read_bytes() for name in self.manifest.canary.images]
         except OSError as error:
             raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}") from error
+        for name, data in zip(self.manifest.canary.images, images, strict=True):
+            if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+                raise ArtifactError(f"{self.file(name)} is not what it was when the version was loaded")
+        return images
 
 
 def load(path: Path) -> ModelVersion:

@@ -6,6 +6,8 @@ training publishes atomically, and a copy that is under way fails its hashes and
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
@@ -128,7 +130,8 @@ class RemoteSource:
     def __init__(self, url: str, cache: Path) -> None:
         self.location = url
         self._url = url
-        self._mirror = cache / "mirror" / "".join(c if c.isalnum() else "_" for c in url)
+        readable = "".join(c if c.isalnum() else "_" for c in url)
+        self._mirror = cache / "mirror" / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
         self._filesystem, self._root = _open(url)
         # In a bucket no folder is there without a file; what can be lost is the bucket.
         self._place = self._root if self._root.startswith("/") else self._root.partition("/")[0]
@@ -137,7 +140,7 @@ class RemoteSource:
         """Every `<name>/<number>/` with a manifest."""
         try:
             self._filesystem.invalidate_cache()
-            manifests = self._filesystem.glob(f"{self._root}/*/*/{artifact.MANIFEST}")
+            manifests = self._filesystem.glob(f"{glob.escape(self._root)}/*/*/{artifact.MANIFEST}")
             there = bool(manifests) or self._filesystem.exists(self._place)
         except Exception as error:  # each backend raises exceptions of its own library
             raise ConfigurationError(f"the repository {self._url} cannot be read: {error}") from error

@@ -28,6 +28,7 @@ _version = click.option("--version", type=options.VERSION, help="One version.  [
 
 # A load includes warm-up, and on some devices the compilation of an engine.
 _TIMEOUT_S = 900.0
+_STATUS_TIMEOUT_S = 30.0
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def status(admin: str, as_json: bool) -> None:
     from google.protobuf.json_format import MessageToDict
 
     with _stub(admin) as stub:
-        reply = stub.GetStatus(pb.GetStatusRequest())
+        reply = stub.GetStatus(pb.GetStatusRequest(), timeout=_STATUS_TIMEOUT_S)
     if as_json:
         click.echo(json.dumps(MessageToDict(reply, preserving_proto_field_name=True), ensure_ascii=False, indent=2))
         return
@@ -102,7 +103,7 @@ def unload(model: str, version: int | None, admin: str) -> None:
     from convoy.v1 import admin_pb2 as pb
 
     with _stub(admin) as stub:
-        stub.UnloadModel(pb.UnloadModelRequest(model=model, version=version))
+        stub.UnloadModel(pb.UnloadModelRequest(model=model, version=version), timeout=_TIMEOUT_S)
     click.echo(f"{model}{'' if version is None else f' version {version}'}: out of service")
 
 

@@ -135,6 +135,15 @@ def test_a_missing_file_is_found(version):
         artifact.load(version)
 
 
+def test_canary_images_that_are_others_now_are_no_canary(version):
+    """Somebody publishes over the version in service; the model in memory is still what it was."""
+    loaded = artifact.load(version)
+    (version / loaded.manifest.canary.images[1]).write_bytes(toys.grey_png(255))
+
+    with pytest.raises(ArtifactError, match="not what it was"):
+        loaded.canary_images()
+
+
 def test_a_directory_of_another_number_is_refused(version):
     with pytest.raises(ArtifactError, match="the manifest says version 1, the directory says 2"):
         artifact.load(version.rename(version.parent / "2"))

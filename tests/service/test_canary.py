@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import toys
+from variants import register
 
 from service import artifact, canary
 from service.artifact import InputSpec, Resize
@@ -61,15 +62,24 @@ def test_a_version_that_promises_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda path: path.write_bytes(b"no image"), r"grey/1: a canary image cannot be used"),
+        (lambda path: path.write_bytes(b"no image"), r"85\.png is not what it was"),
         (lambda path: path.unlink(), r"85\.png cannot be read"),
     ],
 )
-def test_a_canary_image_that_cannot_be_used_is_the_version_s_fault(version, harm, words):
+def test_a_canary_image_that_has_changed_or_gone_says_so(version, harm, words):
     harm(version.path / "canary" / "85.png")
 
     with pytest.raises(ArtifactError, match=words):
         canary.check(version, toys.ToyEngine())
+
+
+def test_a_canary_image_that_never_was_one_is_the_version_s_fault(version):
+    image = version.path / "canary" / "85.png"
+    image.write_bytes(b"no image")
+    register(version.path, "fp32", "canary/85.png")
+
+    with pytest.raises(ArtifactError, match=r"grey/1: a canary image cannot be used"):
+        canary.check(artifact.load(version.path), toys.ToyEngine())
 
 
 def test_the_images_come_as_the_model_sees_them(tmp_path):

@@ -114,3 +114,22 @@ def test_copies_of_what_is_neither_present_nor_served_go(source, bucket):
     source.tidy({"grey": [3]}, {("grey", 2)})
 
     assert [path.exists() for path in (one, two, three)] == [False, True, True]
+
+
+def test_places_of_like_names_have_mirrors_of_their_own(tmp_path):
+    copies = []
+    for place in ("models-a", "models_a"):
+        toys.write_version(tmp_path / place)
+        copies.append(RemoteSource(f"file://{tmp_path / place}", tmp_path / "cache").fetch("grey", 1))
+
+    assert copies[0] != copies[1]
+
+
+def test_a_place_is_no_pattern(tmp_path):
+    toys.write_version(tmp_path / "r1")
+    (tmp_path / "r[1]").mkdir()
+    source = RemoteSource(f"file://{tmp_path / 'r[1]'}", tmp_path / "cache")
+    assert source.models() == {}
+    toys.write_version(tmp_path / "r[1]", "other")
+
+    assert source.models() == {"other": [1]}
