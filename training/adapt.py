@@ -95,11 +95,11 @@ def _front(image: ImageInput, rule: Normalisation) -> tuple[list[onnx.NodeProto]
         return constants[-1].name
 
     broadcast = (1, -1, 1, 1) if image.layout == "nchw" else (1, 1, 1, -1)
+    then("Cast", to=TensorProto.FLOAT)  # first: see training.graph
     if rule.order == "bgr":
         then("Gather", constant("order", np.array([2, 1, 0])), axis=3)
     if image.layout == "nchw":
         then("Transpose", perm=[0, 3, 1, 2])
-    then("Cast", to=TensorProto.FLOAT)
     offset, scale = 255 * rule.ordered(rule.mean), 1 / (255 * rule.ordered(rule.std))
     then("Sub", constant("offset", offset.reshape(broadcast).astype(np.float32)))
     then("Mul", constant("scale", scale.reshape(broadcast).astype(np.float32)))

@@ -1,8 +1,11 @@
 """A PyTorch classifier as one ONNX graph that takes pixels: uint8[N, H, W, C] to `logits` and `probabilities`.
 
-The graph begins with Transpose, Cast, Sub(255 * mean) and a scale of 1 / (255 * std). The scale is folded into the
+The graph begins with Cast, Transpose, Sub(255 * mean) and a scale of 1 / (255 * std). The scale is folded into the
 first convolution's weights, which is exact. The mean is not: a convolution pads with zeros *after* the subtraction,
 so a mean folded into its bias would be wrong along the borders.
+
+The cast comes first because TensorRT takes uint8 into a cast and into nothing else, not even a transposition
+(https://github.com/NVIDIA/TensorRT/issues/3985); on the CPU the order makes no difference.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class Servable(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels uint8[N, H, W, C] to logits and probabilities, float32[N, K] each."""
-        x = image.permute(0, 3, 1, 2).contiguous().float()  # [N, C, H, W]
+        x = image.float().permute(0, 3, 1, 2).contiguous()  # [N, C, H, W]
         x = (x - self.offset) * self.scale  # [N, C, H, W]
         logits = self.model(x) / self.temperature  # [N, K]
         return logits, logits.softmax(dim=1)  # [N, K], [N, K]

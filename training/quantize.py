@@ -166,13 +166,15 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     _name_nodes(source)
     nodes = list(source.graph.node)
     first = next((i for i, node in enumerate(nodes) if node.op_type in _LAYERS), 0)
+    # Pixels are whole numbers that half precision holds exactly; around each node that is kept the converter casts.
+    exact = {"Cast", "Transpose"}
     try:
         with _quiet():
             converted: onnx.ModelProto = float16.convert_float_to_float16(
                 source,
                 keep_io_types=True,
                 op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, "Softmax"],
-                node_block_list=[node.name for node in nodes[:first]],
+                node_block_list=[node.name for node in nodes[:first] if node.op_type not in exact],
             )
     except Exception as error:  # the converter raises whatever its parts do
         raise TrainingError(f"the graph cannot be converted to fp16: {error}") from error

@@ -41,10 +41,10 @@ def pooled():
     return exported(Pooled().to(memory_format=torch.channels_last), temperature=2.0)
 
 
-def test_pixels_pass_only_through_transpose_cast_sub_before_the_first_convolution(pooled):
+def test_pixels_pass_only_through_cast_transpose_sub_before_the_first_convolution(pooled):
     _, model = pooled
 
-    assert operations(model)[:4] == ["Transpose", "Cast", "Sub", "Conv"]
+    assert operations(model)[:4] == ["Cast", "Transpose", "Sub", "Conv"]
 
 
 def test_channels_last_weights_do_not_export_pooling_as_a_chain_of_gathers(pooled):

@@ -158,7 +158,7 @@ def test_the_scale_goes_into_the_first_convolution(tmp_path, request_for, reposi
     version = import_version(request_for(), repository)
 
     operations = [node.op_type for node in onnx.load(version / "model.onnx").graph.node]
-    assert operations[:4] == ["Transpose", "Cast", "Sub", "Conv"]
+    assert operations[:4] == ["Cast", "Transpose", "Sub", "Conv"]
 
 
 def test_external_data_is_merged_into_the_file(tmp_path, request_for, repository):
