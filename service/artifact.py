@@ -8,6 +8,7 @@ makes a finished directory appear. Nothing here needs ONNX Runtime: what only th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service import threads
-from service.errors import ArtifactError
+from service.errors import ArtifactError, OutOfReachError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -39,6 +40,9 @@ _LARGEST_VERSION = 2**63 - 1  # of an int64, as the API has it
 # Hashed in half a millisecond. A larger buffer is longer cleared under Python's lock; with a smaller one the lock
 # changes hands more often.
 _CHUNK_BYTES = 512 << 10
+
+# What a read fails with if the files are not as they have to be. All else may pass without a change of theirs.
+_FAULTS_OF_FILES = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
 class _Strict(BaseModel):
@@ -189,8 +193,10 @@ class Manifest(_Strict):
                 raise ValueError(f"the canary has {len(row)} probabilities for {len(self.classes)} classes")
         for path in [v.file for v in self.variants] + list(self.canary.images):
             if path not in self.files:
-                raise ValueError(f"{path} is used but not listed under files")
+                raise ValueError(f"{path!r} is used but not listed under files")
         for path in self.files:
+            if not _is_path(path):
+                raise ValueError(f"{path!r} is no path of a file")
             if path.startswith("/") or "\\" in path or ".." in path.split("/"):
                 raise ValueError(f"{path} points outside of the version's directory")
         return self
@@ -217,11 +223,12 @@ class ModelVersion:
 
         Raises:
             ArtifactError: one of them is gone, or is another one now: the model in memory is not to be judged by that.
+            OutOfReachError: one cannot be read now.
         """
         try:
             images = [self.file(name).read_bytes() for name in self.manifest.canary.images]
         except OSError as error:
-            raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}") from error
+            raise _unreadable(error, f"{error.filename} cannot be read: {error.strerror}") from error
         for name, data in zip(self.manifest.canary.images, images, strict=True):
             if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
                 raise ArtifactError(f"{self.file(name)} is not what it was when the version was loaded")
@@ -264,6 +271,7 @@ def verify(version: ModelVersion, *, gently: bool = False) -> None:
 
     Raises:
         ArtifactError: a file is missing or differs.
+        OutOfReachError: one cannot be read now.
     """
     for name, entry in version.manifest.files.items():
         _verify_file(version.file(name), entry, gently=gently)
@@ -274,6 +282,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         ArtifactError: it is missing, is no JSON, or breaks the schema; the message lists each wrong field.
+        OutOfReachError: it cannot be read now.
     """
     file = path / MANIFEST
     try:
@@ -283,7 +292,9 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is not a model version: it has no {MANIFEST}. "
             "A version is <repository>/<model>/<number>/, as written by `convoy train`"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise _unreadable(error, f"{file} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"{file} cannot be read: {error}") from error
     try:
         raw = json.loads(text)
@@ -369,10 +380,23 @@ def _verify_file(path: Path, entry: FileEntry, *, gently: bool) -> None:
     try:
         found = file_entry(path, gently=gently)
     except OSError as error:
-        raise ArtifactError(f"{path} is listed in the manifest but cannot be read: {error}") from error
+        raise _unreadable(error, f"{path} is listed in the manifest but cannot be read: {error}") from error
     if found != entry:
         raise ArtifactError(
             f"{path} does not match the manifest (size {found.size_bytes} for {entry.size_bytes}, "
             f"SHA-256 {found.sha256[:12]}… for {entry.sha256[:12]}…): "
             "it is damaged or half-copied; copy the version again"
         )
+
+
+def _is_path(text: str) -> bool:
+    """Whether the system takes it as one: JSON can hold a NUL, and halves of characters."""
+    try:
+        return bool(text) and b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _unreadable(error: OSError, message: str) -> ArtifactError:
+    """Whose fault it is that a file cannot be read: the version's, or that of the moment."""
+    return (ArtifactError if error.errno in _FAULTS_OF_FILES else OutOfReachError)(message)

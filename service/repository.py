@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 300.0
 
 
-# These have nothing to do with the files.
+# These are not the files' fault; damage of the files stays until they change.
 _PASSING = (OutOfReachError, OutOfMemoryError)
 
 
@@ -67,7 +67,7 @@ class _Model:
     again: dict[int, _Again] = field(default_factory=dict)  # of those that failed for a reason that may pass
     by_hand: dict[int, bool] = field(default_factory=dict)  # versions that an operator loaded (True) or unloaded
     unloaded: bool = False
-    loading: bool = False
+    loading: int = 0  # loads under way, or waiting for their turn
     settled: bool = False  # all that its routing needs has been loaded, or has failed to
 
     def needed(self, present: list[int]) -> list[int]:
@@ -110,6 +110,7 @@ class Repository:
         self._release_timeout_s = release_timeout_s
         self._models: dict[str, _Model] = {}
         self._changing = asyncio.Lock()  # one load at a time: two would fight for the CPU with the traffic
+        self._touched: set[str] = set()  # models that an operator changed since the source was last looked at
         self._releases: set[asyncio.Task[None]] = set()
         self._changes: set[asyncio.Task[None]] = set()
         self._complete = False
@@ -195,10 +196,9 @@ class Repository:
             )
         for name, numbers in sorted(present.items()):
             if not self._routing_for(name).answering(numbers):
-                raise ConfigurationError(
-                    f"model {name}: no version fits the policy {self._routing_for(name).versions!r}; it has {numbers}"
-                )
-            await self._settle(name, numbers, strict=True)
+                raise ConfigurationError(_nobody_answers(name, self._routing_for(name), numbers))
+            async with self._changing:
+                await self._settle(name, numbers, strict=True)
         self._complete = True
         for name, routing in self._routings.items():
             if absent := routing.missing(everything.get(name, [])):
@@ -209,8 +209,10 @@ class Repository:
     async def poll(self) -> None:
         """Looks at the source once and follows it: new and changed versions are loaded, superseded ones retired.
 
-        Failures are counted and logged once for each state of the files; they change nothing.
+        Failures change nothing. They are counted and logged once for each state of the files; those that may pass, each
+        time that they are tried again.
         """
+        self._touched.clear()
         try:
             present = await self._present(everything=True)
         except ConfigurationError as error:
@@ -222,7 +224,9 @@ class Repository:
         for name, numbers in sorted(present.items()):
             known = self._models.get(name)
             if name in (self._names or present) and (known is None or not known.unloaded):
-                await self._settle(name, numbers, strict=False)
+                async with self._changing:
+                    if name not in self._touched:  # else `numbers` may be out of date: the next round sees to it
+                        await self._settle(name, numbers, strict=False)
         async with self._changing:  # what is being loaded must not be tidied away
             await asyncio.to_thread(self._source.tidy, present, {(served.name, served.number) for served in self})
 
@@ -236,23 +240,37 @@ class Repository:
 
         Raises:
             NotFoundError: the source has no such model or version.
-            ArtifactError, ProviderError, EngineError: it cannot be served; the old version serves on.
+            ArtifactError, ProviderError, EngineError: it cannot be served; the old version serves on, and what was done
+                by hand still holds.
         """
         await self._carried_through(self._load_again(name, number))
 
     async def _load_again(self, name: str, number: int | None) -> None:
-        present = (await self._present(everything=True)).get(name, [])
-        if not present or (number is not None and number not in present):
-            raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
+        await self._numbers(name, number)  # of a model that is not there nothing is noted
         model = self._model(name)
-        if number is not None:
+        with _loading(model):
             async with self._changing:
-                with _loading(model):
+                present = await self._numbers(name, number)  # now that it is its turn
+                if number is None:
+                    await self._load_afresh(name, present)
+                else:
                     await self._replace(name, number, force=True)
-                model.by_hand[number] = True
+                    model.by_hand[number] = True
                 model.settled, model.unloaded = True, False
-        else:
-            await self._settle(name, present, strict=True, afresh=True)
+                self._touched.add(name)
+
+    async def _load_afresh(self, name: str, present: list[int]) -> None:
+        """All that the routing needs, whatever was done by hand; if one cannot be served, none comes in besides."""
+        model = self._model(name)
+        before, by_hand = set(model.served), model.by_hand
+        model.by_hand = {}
+        try:
+            await self._settle(name, present, strict=True, force=True)
+        except BaseException:
+            model.by_hand = by_hand
+            for number in model.served.keys() - before:
+                self._withdraw(name, number)
+            raise
 
     async def unload(self, name: str, number: int | None = None) -> None:
         """Takes a model, or one version of it, out of service; polling does not bring it back, `load` does.
@@ -269,8 +287,8 @@ class Repository:
             model.settled = not model.unloaded
             for each in numbers:
                 model.by_hand[each] = False
-                self._retire(name, each)
-                model.seen.pop(each, None)
+                self._withdraw(name, each)
+            self._touched.add(name)
 
     async def route(self, name: str, routing: Routing) -> None:
         """Changes the versions, the split and the shadow of a model; loads first what that needs.
@@ -283,22 +301,24 @@ class Repository:
 
     async def _route(self, name: str, routing: Routing) -> None:
         routing.check()
-        served = self._find(name).served
-        present = (await self._present(everything=True)).get(name, [])
-        if unknown := routing.missing({*present, *served}):
-            raise InvalidRequestError(f"model {name} has no version {', '.join(map(str, unknown))}; it has {present}")
+        self._find(name)
         async with self._changing:
-            served = self._find(name).served  # it may have been unloaded while this waited
-            if not routing.answering({*present, *served}):
-                raise InvalidRequestError(f"no version of model {name} would answer: there is only its shadow")
+            model = self._find(name)  # it may have been unloaded while this waited
+            present = (await self._present(everything=True)).get(name, [])
+            known = sorted({*present, *model.served})
+            if unknown := routing.missing(known):
+                raise InvalidRequestError(f"model {name} has no version {', '.join(map(str, unknown))}; it has {known}")
+            if not routing.answering(known):
+                raise InvalidRequestError(_nobody_answers(name, routing, known))
             # Nothing answers before everything is there: a version in service may take traffic.
             loaded = await self._loaded_beside(name, routing.needed(present))
-            model = self._models[name]
             model.routing = routing
             model.by_hand.clear()
+            model.unloaded = False
             for each in loaded:
                 self._admit(model, *each)
-        await self._settle(name, present, strict=False)
+            self._retire_others(name, present)
+            self._touched.add(name)
 
     async def check_canaries(self) -> None:
         """Runs every served version's canary once; a failure is logged and shows in the metrics.
@@ -401,44 +421,52 @@ class Repository:
             present = {name: numbers for name, numbers in present.items() if name in self._names}
         return present
 
-    async def _settle(self, name: str, present: list[int], *, strict: bool, afresh: bool = False) -> None:
-        """Loads what the routing needs, and retires the rest once all that answers of it is served.
+    async def _numbers(self, name: str, number: int | None) -> list[int]:
+        """The versions of a model in the source; NotFoundError if it has none, or not this one."""
+        present = (await self._present(everything=True)).get(name, [])
+        if not present or (number is not None and number not in present):
+            raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
+        return present
+
+    async def _settle(self, name: str, present: list[int], *, strict: bool, force: bool = False) -> None:
+        """Loads what a model needs, and retires the rest. The caller holds the lock.
 
         Args:
             name: of the model.
             present: its versions in the source.
-            strict: a version that cannot be served is raised; else it is passed over, and an unloaded model, too.
-            afresh: what was loaded and unloaded by hand is forgotten, and everything is loaded again.
+            strict: a version that cannot be served is raised; else it is passed over.
+            force: everything is loaded again.
         """
-        async with self._changing:
-            model = self._model(name)
-            if model.unloaded and not strict:
-                return  # while this waited
-            by_hand, model.by_hand = model.by_hand, {} if afresh else model.by_hand
-            needed = model.needed(present)
-            try:
-                with _loading(model):
-                    for number in needed:
-                        with suppress(*(() if strict else (ConvoyError,))):
-                            await self._replace(name, number, force=afresh, unless_served=strict)
-            except BaseException:
-                model.by_hand = by_hand
-                raise
-            finally:
-                model.settled = True
-            if afresh:
-                model.unloaded = False
-            self._retire_others(name, needed)
+        model = self._model(name)
+        try:
+            with _loading(model):
+                for number in model.needed(present):
+                    with suppress(*(() if strict else (ConvoyError,))):
+                        await self._replace(name, number, force=force, unless_served=strict)
+        finally:
+            model.settled = True
+        self._retire_others(name, present)
 
-    def _retire_others(self, name: str, needed: Sequence[int]) -> None:
-        """What is not needed goes; but for one that does not load, or if only the shadow is left, it serves on."""
+    def _retire_others(self, name: str, present: list[int]) -> None:
+        """What is not needed any more goes when all that is to answer in its place is served.
+
+        Neither the shadow nor what was loaded by hand is such. What is gone from the source goes as soon as one that
+        is to answer is there: somebody took it away, and another that does not load must not keep it.
+        """
         model = self._models[name]
-        answering = [number for number in needed if number != model.routing.shadow]
-        if not answering or any(number not in model.served for number in answering):
+        needed = model.needed(present)
+        successors = set(model.routing.answering(present)).intersection(needed)
+        if successors.isdisjoint(model.served):
             return
+        complete = successors <= model.served.keys()
         for number in [number for number in model.served if number not in needed]:
-            self._retire(name, number)
-            model.seen.pop(number, None)
+            if complete or number not in present:
+                self._withdraw(name, number)
+
+    def _withdraw(self, name: str, number: int) -> None:
+        """Takes a version out of service; when it is needed again it is loaded again."""
+        self._retire(name, number)
+        self._models[name].seen.pop(number, None)
 
     async def _replace(self, name: str, number: int, *, force: bool = False, unless_served: bool = False) -> None:
         """Loads a version unless its files are those of the last attempt, and swaps it in.
@@ -482,10 +510,8 @@ class Repository:
         """A version that is ready to serve, and its canary's largest difference; a failure is counted and kept."""
         model = self._model(name)
         model.seen[number] = fingerprint
-        fetched = False
         try:
             path = await asyncio.to_thread(self._source.fetch, name, number)
-            fetched = True
             gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
             served, difference = await asyncio.to_thread(self._load, path, gently)
             await _check_name(served, name, path)
@@ -493,6 +519,8 @@ class Repository:
             failure = error
         except OSError as error:
             failure = OutOfReachError(f"{name} version {number} cannot be read: {error}")
+        except MemoryError:
+            failure = OutOfMemoryError(f"there is not enough memory to load {name} version {number}")
         except Exception as error:  # noqa: BLE001  # one version must not end the round for all, whatever is in its files
             _log.exception("a version cannot be loaded for no known reason", model=name, version=number)
             failure = ArtifactError(f"{name} version {number} cannot be loaded: {type(error).__name__}: {error}")
@@ -500,14 +528,14 @@ class Repository:
         else:
             model.again.pop(number, None)
             return served, difference
-        self._note_failure(model, name, number, failure, passing=not fetched or isinstance(failure, _PASSING))
+        self._note_failure(model, name, number, failure)
         raise failure
 
-    def _note_failure(self, model: _Model, name: str, number: int, failure: ConvoyError, *, passing: bool) -> None:
+    def _note_failure(self, model: _Model, name: str, number: int, failure: ConvoyError) -> None:
         """Counts it and keeps it; of a reason that may pass also when to try again, after ever longer pauses."""
         model.failed[number] = str(failure)
         last = model.again.pop(number, None)
-        if passing:
+        if isinstance(failure, _PASSING):
             pause_s = min(2 * last.pause_s, _LONGEST_PAUSE_S) if last else _FIRST_PAUSE_S
             model.again[number] = _Again(self._clock() + pause_s, pause_s)
         self._metrics.model_load_failures.labels(model=name).inc()
@@ -563,11 +591,16 @@ async def _check_name(served: ServedModel, name: str, path: Path) -> None:
 @contextmanager
 def _loading(model: _Model) -> Iterator[None]:
     """While it lasts, a model without a version in service is not ready, rather than unknown."""
-    model.loading = True
+    model.loading += 1
     try:
         yield
     finally:
-        model.loading = False
+        model.loading -= 1
+
+
+def _nobody_answers(name: str, routing: Routing, numbers: list[int]) -> str:
+    beside = "" if routing.shadow is None else f" beside its shadow, {routing.shadow}"
+    return f"model {name}: no version fits the policy {routing.versions!r}{beside}; it has {numbers}"
 
 
 def _what_runs(served: ServedModel) -> dict[str, str]:

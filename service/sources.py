@@ -174,6 +174,8 @@ class RemoteSource:
         except ArtifactError:
             raise
         except FileNotFoundError as error:
+            if str(error.filename).startswith(str(self._mirror)):
+                raise OutOfReachError(f"{self._url}/{name}/{number}: somebody cleared {self._mirror}") from error
             raise ArtifactError(f"{self._url}/{name}/{number} is half-copied: {error} is not there") from error
         except Exception as error:  # each backend raises exceptions of its own library
             raise OutOfReachError(f"{self._url}/{name}/{number} cannot be fetched: {error}") from error
@@ -202,9 +204,13 @@ class RemoteSource:
 
     def _download(self, source: str, staging: Path, manifest: bytes) -> None:
         (staging / artifact.MANIFEST).write_bytes(manifest)
-        for path in artifact.read_manifest(staging).files:
+        for path, entry in artifact.read_manifest(staging).files.items():
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             self._filesystem.get_file(f"{source}/{path}", str(staging / path))
+            came_bytes = (staging / path).stat().st_size
+            # A file that lies there in another size is half-copied, which verifying tells.
+            if came_bytes != entry.size_bytes and came_bytes != self._filesystem.size(f"{source}/{path}"):
+                raise OutOfReachError(f"{self._url}: the download of {path} was cut short after {came_bytes} bytes")
 
 
 def _holds(target: Path, manifest: bytes) -> bool:

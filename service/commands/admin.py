@@ -26,14 +26,27 @@ _admin = click.option(
 )
 _version = click.option("--version", type=options.VERSION, help="One version.  [default: by the model's policy]")
 
-# A load includes warm-up, and on some devices the compilation of an engine.
-_TIMEOUT_S = 900.0
+# A load includes warm-up, and on some devices the compilation of an engine; the server does one at a time.
+_timeout = click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=900.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for the answer; a load that has begun goes on after that.",
+)
 _STATUS_TIMEOUT_S = 30.0
+
+_WAIT_LONGER = (
+    "it makes one change at a time, and ends the load that it has begun. Look with `convoy status`, or wait longer "
+    "with --timeout"
+)
 
 
 @contextlib.contextmanager
-def _stub(address: str) -> Iterator[pb_grpc.AdminStub]:
-    """A stub, with errors of the server turned into those of the command line."""
+def _stub(address: str, *, when_late: str = _WAIT_LONGER) -> Iterator[pb_grpc.AdminStub]:
+    """A stub, with errors of the server turned into those of the command line; advice for when its answer is late."""
     import grpc
     from convoy.v1 import admin_pb2_grpc as pb_grpc
 
@@ -49,6 +62,8 @@ def _stub(address: str) -> Iterator[pb_grpc.AdminStub]:
         try:
             yield pb_grpc.AdminStub(channel)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise ServerUnreachableError(f"{address} did not answer in time: {when_late}") from None
             raise refusal(error) from None
 
 
@@ -60,7 +75,7 @@ def status(admin: str, as_json: bool) -> None:
     from convoy.v1 import admin_pb2 as pb
     from google.protobuf.json_format import MessageToDict
 
-    with _stub(admin) as stub:
+    with _stub(admin, when_late="it is stuck, or has no CPU; its log may say why") as stub:
         reply = stub.GetStatus(pb.GetStatusRequest(), timeout=_STATUS_TIMEOUT_S)
     if as_json:
         click.echo(json.dumps(MessageToDict(reply, preserving_proto_field_name=True), ensure_ascii=False, indent=2))
@@ -79,8 +94,9 @@ def status(admin: str, as_json: bool) -> None:
 @click.command()
 @click.argument("model")
 @_version
+@_timeout
 @_admin
-def load(model: str, version: int | None, admin: str) -> None:
+def load(model: str, version: int | None, timeout_s: float, admin: str) -> None:
     """Load MODEL, or load it again from what is now in the repository.
 
     The new version is verified, warmed up and checked beside the old one, which answers until then. If it cannot be
@@ -89,7 +105,7 @@ def load(model: str, version: int | None, admin: str) -> None:
     from convoy.v1 import admin_pb2 as pb
 
     with _stub(admin) as stub:
-        reply = stub.LoadModel(pb.LoadModelRequest(model=model, version=version), timeout=_TIMEOUT_S)
+        reply = stub.LoadModel(pb.LoadModelRequest(model=model, version=version), timeout=timeout_s)
     numbers = ", ".join(str(served.version) for served in reply.versions)
     click.echo(f"{model}: version {numbers} in service")
 
@@ -97,13 +113,14 @@ def load(model: str, version: int | None, admin: str) -> None:
 @click.command()
 @click.argument("model")
 @_version
+@_timeout
 @_admin
-def unload(model: str, version: int | None, admin: str) -> None:
+def unload(model: str, version: int | None, timeout_s: float, admin: str) -> None:
     """Take MODEL, or one version of it, out of service. Calls that have begun are answered."""
     from convoy.v1 import admin_pb2 as pb
 
     with _stub(admin) as stub:
-        stub.UnloadModel(pb.UnloadModelRequest(model=model, version=version), timeout=_TIMEOUT_S)
+        stub.UnloadModel(pb.UnloadModelRequest(model=model, version=version), timeout=timeout_s)
     click.echo(f"{model}{'' if version is None else f' version {version}'}: out of service")
 
 
@@ -114,8 +131,9 @@ def unload(model: str, version: int | None, admin: str) -> None:
     "--traffic", help="Split for requests that name no version, such as 1=90,2=10.  [default: all to the latest]"
 )
 @click.option("--shadow", type=options.VERSION, help="Version that gets a copy of every request, never answers.")
+@_timeout
 @_admin
-def route(model: str, versions: str, traffic: str | None, shadow: int | None, admin: str) -> None:
+def route(model: str, versions: str, traffic: str | None, shadow: int | None, timeout_s: float, admin: str) -> None:
     """Change which versions of MODEL are loaded and which of them answers.
 
     \b
@@ -128,7 +146,7 @@ def route(model: str, versions: str, traffic: str | None, shadow: int | None, ad
 
     wanted = pb.Routing(versions=versions, traffic=_split(traffic), shadow=shadow)
     with _stub(admin) as stub:
-        reply = stub.SetRouting(pb.SetRoutingRequest(model=model, routing=wanted), timeout=_TIMEOUT_S)
+        reply = stub.SetRouting(pb.SetRoutingRequest(model=model, routing=wanted), timeout=timeout_s)
     click.echo(f"{model}: {_routing_text(reply.routing)}")
 
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import resource
 import time
+from contextlib import contextmanager
 
 import pytest
 import toys
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 
 from service import artifact
 from service.artifact import InputSpec, Resize
-from service.errors import ArtifactError
+from service.errors import ArtifactError, OutOfReachError
 
 
 @pytest.fixture
@@ -110,6 +112,37 @@ def test_a_file_outside_of_the_version_is_refused(version, path):
         artifact.load(version)
 
 
+@pytest.mark.parametrize("path", ["", "a\0b", "half of \ud83d"])
+def test_a_file_that_no_system_can_name_is_refused(version, path):
+    raw = json.loads((version / artifact.MANIFEST).read_text())
+    rewrite(version, files={**raw["files"], path: {"sha256": "0" * 64, "size_bytes": 1}})
+
+    with pytest.raises(ArtifactError, match="is no path of a file") as caught:
+        artifact.load(version)
+    str(caught.value).encode()
+
+
+@contextmanager
+def no_file_can_be_opened():
+    """The process has as many files open as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_cannot_be_read_now_is_told_apart_from_damage(version):
+    loaded = artifact.load(version)
+    for read in (lambda: artifact.unverified(version), lambda: artifact.verify(loaded), loaded.canary_images):
+        with no_file_can_be_opened(), pytest.raises(OutOfReachError, match="Too many open files"):
+            read()
+        artifact.load(version)  # nothing is wrong with it
+
+
 def test_a_changed_byte_is_found(version):
     file = version / artifact.MODEL
     data = bytearray(file.read_bytes())
@@ -131,8 +164,9 @@ def test_a_half_copied_file_is_found(version):
 def test_a_missing_file_is_found(version):
     (version / "canary" / "85.png").unlink()
 
-    with pytest.raises(ArtifactError, match=r"85\.png"):
+    with pytest.raises(ArtifactError, match=r"85\.png") as caught:
         artifact.load(version)
+    assert not isinstance(caught.value, OutOfReachError)
 
 
 def test_canary_images_that_are_others_now_are_no_canary(version):

@@ -26,7 +26,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.repository import Repository
 from service.routing import Routing
-from service.sources import LocalSource
+from service.sources import LocalSource, RemoteSource
 
 
 class Clock:
@@ -38,7 +38,7 @@ class Clock:
 
 
 @asynccontextmanager
-async def opened(root, before_load=lambda gently: None, **options):
+async def opened(root, before_load=lambda gently: None, *, source=None, **options):
     """A repository with toy engines, not loaded yet."""
     metrics = Metrics()
 
@@ -55,7 +55,7 @@ async def opened(root, before_load=lambda gently: None, **options):
             on_device_lost=pytest.fail,
         )
 
-    repository = Repository(LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
+    repository = Repository(source or LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
     repository.registry = metrics.registry
     try:
         yield repository
@@ -497,6 +497,12 @@ async def test_whether_the_repository_can_be_reached_shows_in_the_metrics(root):
         assert reached == [1, 0, 1]
 
 
+async def waiting_for_their_turn():
+    """Until changes have looked at the source and wait behind the one that is held."""
+    for _ in range(20):
+        await asyncio.to_thread(lambda: None)
+
+
 def damage(path):
     (path / "model.onnx").write_bytes(b"damaged")
 
@@ -540,6 +546,28 @@ async def test_the_only_version_that_answers_stays_when_its_directory_goes(root)
         assert repository.get("grey").number == 2
 
 
+async def test_what_was_loaded_by_hand_is_no_successor_of_a_version_that_goes(root):
+    async with opened(root, names=("grey",), routings={"grey": Routing("2")}) as repository:
+        await repository.load_all()
+        await repository.load("grey", 1)
+        shutil.rmtree(root / "grey" / "2")
+        await repository.poll()
+
+        assert repository.get("grey").number == 2
+
+
+@pytest.mark.parametrize("policy", ["all", "latest:2"])
+async def test_a_version_that_does_not_load_keeps_none_that_was_taken_away(root, policy):
+    async with opened(root, names=("grey",), routings={"grey": Routing(policy)}) as repository:
+        await repository.load_all()
+        damage(toys.write_version(root, "grey", 11))
+        await repository.poll()
+        shutil.rmtree(root / "grey" / "10")
+        await repository.poll()
+
+        assert repository.get("grey").number == 2
+
+
 async def test_a_shadow_that_becomes_the_latest_is_still_no_answer(root):
     async with opened(root, names=("grey",), routings={"grey": Routing(shadow=11)}) as repository:
         await repository.load_all()
@@ -558,7 +586,7 @@ async def test_a_model_of_which_only_a_shadow_is_there_is_refused(root):
             await repository.load_all()
     async with opened(root) as repository:
         await repository.load_all()
-        with pytest.raises(InvalidRequestError, match="only its shadow"):
+        with pytest.raises(InvalidRequestError, match="beside its shadow"):
             await repository.route("other", Routing(shadow=1))
         assert repository.get("other").number == 1
 
@@ -572,8 +600,7 @@ async def test_an_unload_that_a_poll_waits_behind_is_not_undone(root):
         await asyncio.sleep(0)
         toys.write_version(root, "grey", 11)
         polling = asyncio.create_task(repository.poll())
-        for _ in range(20):  # until the poll has looked, and waits for its turn
-            await asyncio.to_thread(lambda: None)
+        await waiting_for_their_turn()
         gate.open.set()
         await asyncio.gather(loading, unloading, polling)
 
@@ -679,3 +706,134 @@ async def test_a_start_tries_again_what_failed_by_hand_before(root):
         await repository.load_all()
 
         assert served(repository) == [("grey", 10)]
+
+
+async def test_a_failed_load_of_an_unloaded_model_leaves_it_unloaded(root):
+    async with opened(root, names=("grey",), routings={"grey": Routing("all")}) as repository:
+        await repository.load_all()
+        await repository.unload("grey")
+        damage(root / "grey" / "10")
+        with pytest.raises(ArtifactError):
+            await repository.load("grey")
+        assert served(repository) == []
+        with pytest.raises(NotFoundError):
+            repository.get("grey")
+        shutil.rmtree(root / "grey" / "10")
+        await repository.load("grey")
+
+        assert served(repository) == [("grey", 1), ("grey", 2)]
+
+
+async def test_a_poll_that_looked_before_a_load_does_not_go_back_behind_it(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        loading = await gate.hold(repository.load("other"))
+        again = asyncio.create_task(repository.load("grey"))
+        polling = asyncio.create_task(repository.poll())
+        await waiting_for_their_turn()
+        toys.write_version(root, "grey", 11)
+        gate.open.set()
+        await asyncio.gather(loading, again, polling)
+
+        assert repository.get("grey").number == 11
+        shutil.rmtree(root / "grey" / "11")
+        await repository.poll()
+        assert repository.get("grey").number == 10
+
+
+async def test_the_copy_of_a_version_that_is_being_loaded_is_not_tidied_away(root, tmp_path_factory):
+    gate, source = Gate(), RemoteSource(f"file://{root}", tmp_path_factory.mktemp("cache"))
+    async with opened(root, gate, source=source, names=("grey",)) as repository:
+        await repository.load_all()
+        await repository.unload("grey")
+        loading = await gate.hold(repository.load("grey", 2))
+        shutil.rmtree(root / "grey" / "2")
+        polling = asyncio.create_task(repository.poll())
+        await waiting_for_their_turn()
+        gate.open.set()
+        await asyncio.gather(loading, polling)
+
+        assert served(repository) == [("grey", 2)]
+
+
+async def test_an_unload_while_the_model_is_being_loaded_has_the_last_word(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        loading = await gate.hold(repository.load("grey", 2))
+        unloading = asyncio.create_task(repository.unload("grey"))
+        await waiting_for_their_turn()
+        gate.open.set()
+        await asyncio.gather(loading, unloading)
+        await repository.poll()
+
+        assert served(repository) == [("other", 1)]
+
+
+async def test_a_route_goes_by_what_is_there_when_its_turn_comes(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        loading = await gate.hold(repository.load("other"))
+        routing = asyncio.create_task(repository.route("grey", Routing("latest", shadow=2)))
+        await waiting_for_their_turn()
+        toys.write_version(root, "grey", 11)
+        gate.open.set()
+        await asyncio.gather(loading, routing)
+
+        assert served(repository) == [("grey", 2), ("grey", 11), ("other", 1)]
+
+
+async def test_a_route_that_waited_behind_an_unload_brings_nothing_back(root):
+    gate = Gate()
+    async with opened(root, gate) as repository:
+        await repository.load_all()
+        loading = await gate.hold(repository.load("other"))
+        unloading = asyncio.create_task(repository.unload("grey"))
+        await asyncio.sleep(0)
+        routing = asyncio.create_task(repository.route("grey", Routing("1")))
+        await waiting_for_their_turn()
+        gate.open.set()
+        await asyncio.gather(loading, unloading)
+        with pytest.raises(NotFoundError):
+            await routing
+        await repository.load("grey")
+
+        assert served(repository) == [("grey", 10), ("other", 1)]
+
+
+async def test_a_model_that_waits_for_its_turn_to_be_loaded_is_not_ready(root):
+    gate = Gate()
+    async with opened(root, gate, names=("grey", "other")) as repository:
+        await repository.load_all()
+        await repository.unload("grey")
+        loading = await gate.hold(repository.load("other"))
+        again = asyncio.create_task(repository.load("grey"))
+        await waiting_for_their_turn()
+        with pytest.raises(ModelNotReadyError):
+            repository.get("grey")
+        gate.open.set()
+        await asyncio.gather(loading, again)
+
+        assert repository.get("grey").number == 10
+
+
+async def test_memory_that_is_short_for_a_while_does_not_keep_a_version_out(root):
+    def before_load(_):
+        if short.is_set():
+            raise MemoryError
+
+    clock, short = Clock(), threading.Event()
+    async with opened(root, before_load, names=("grey",), clock=clock) as repository:
+        await repository.load_all()
+        toys.write_version(root, "grey", 11)
+        short.set()
+        await repository.poll()
+        [(_, _, reason)] = repository.failures()
+        short.clear()
+        clock.now += 1
+        await repository.poll()
+
+        assert "not enough memory" in reason
+        assert served(repository) == [("grey", 11)]

@@ -1,11 +1,13 @@
 """Versions in a place that is mirrored. A `file://` URL takes the way of a bucket's."""
 
 import shutil
+from pathlib import Path
 from typing import ClassVar
 
 import fsspec
 import pytest
 import toys
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from service import artifact
@@ -64,6 +66,45 @@ def test_a_place_out_of_reach_is_told_apart_and_leaves_nothing_behind(source, tm
         source.fetch("grey", 1)
 
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+class Unsteady(LocalFileSystem):
+    """Its connections break in the midst of models."""
+
+    protocol = "unsteady"
+
+    def get_file(self, rpath, lpath, **options):
+        super().get_file(rpath, lpath, **options)
+        if rpath.endswith(artifact.MODEL):
+            with Path(lpath).open("r+b") as file:
+                file.truncate(100)
+
+
+def test_a_download_that_is_cut_short_is_told_apart_from_damage(bucket, source, tmp_path):
+    fsspec.register_implementation("unsteady", Unsteady, clobber=True)
+    with pytest.raises(OutOfReachError, match=r"model\.onnx was cut short after 100 bytes"):
+        RemoteSource(f"unsteady://{bucket}", tmp_path / "cache").fetch("grey", 1)
+    for harm in (b"rot", (bucket / "grey" / "1" / artifact.MODEL).read_bytes()[::-1]):
+        (bucket / "grey" / "1" / artifact.MODEL).write_bytes(harm)
+        with pytest.raises(ArtifactError, match="damaged or half-copied") as caught:
+            source.fetch("grey", 1)
+        assert not isinstance(caught.value, OutOfReachError)
+
+
+class Cleaner(LocalFileSystem):
+    """While it is at work, somebody clears the cache."""
+
+    protocol = "cleaner"
+
+    def get_file(self, rpath, lpath, **options):
+        shutil.rmtree(Path(lpath).parent)
+        super().get_file(rpath, lpath, **options)
+
+
+def test_a_cache_that_is_cleared_under_a_download_is_no_fault_of_the_version(bucket, tmp_path):
+    fsspec.register_implementation("cleaner", Cleaner, clobber=True)
+    with pytest.raises(OutOfReachError, match="somebody cleared"):
+        RemoteSource(f"cleaner://{bucket}", tmp_path / "cache").fetch("grey", 1)
 
 
 def test_a_place_that_is_lost_is_not_an_empty_one(source, bucket):
