@@ -103,9 +103,15 @@ def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source
     """The training images in batches.
 
     Raises:
-        ConfigurationError: a sampler for shards, which can only be read in their order.
+        ConfigurationError: a sampler for shards, which can only be read in their order, or batches that are too small
+            for so many processes.
     """
     loop, train = experiment.loop, data.examples("train")
+    if loop.batch_size < 2 * group.world:
+        raise ConfigurationError(
+            f"--batch-size {loop.batch_size} leaves some of {group.world} processes without two images; "
+            f"it has to be {2 * group.world} at least"
+        )
     if data.shards:
         if loop.balance == "sampler":
             raise ConfigurationError("tar shards cannot be sampled; use --balance weights")

@@ -1,7 +1,8 @@
 """Training batches: which images, in which order, with which random numbers. Cut by indexing, in a thread ahead.
 
 The order depends on seed and epoch, and an image's random numbers on seed, epoch and image. So a resumed run sees what
-the uninterrupted one would have seen, whatever the number of processes.
+the uninterrupted one would have seen, whatever the number of processes; but a last batch without two images for each of
+them joins the one before it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from training.seeds import Purpose, derive
 
 # Several at once: on the CPU each time that the thread wakes it takes a core from the step that is being computed.
 _FEWEST_AHEAD, _MADE_AT_ONCE = 2, 4
+
+# Images of a batch for each process.
+_FEWEST_EACH = 2
 
 
 class Batch(NamedTuple):
@@ -94,14 +98,19 @@ class MemorySource:
     @property
     def steps(self) -> int:
         """Batches per epoch."""
-        return len(batch_starts(len(self), self._batch_size))
+        return len(self._starts())
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """The batches of an epoch, from the one numbered `first`; the next ones are made meanwhile."""
         order = self._order(epoch)
         uniform = draws(len(self), self._seed, epoch)
-        parts = np.split(order, batch_starts(len(self), self._batch_size)[1:])
-        return ahead(self._cut(positions, uniform) for positions in parts[first:])
+        # An image that is drawn more than once is changed in another way each time.
+        rows = order if self._weights is None else np.arange(len(self))
+        parts = (np.split(numbers, self._starts()[1:])[first:] for numbers in (order, rows))
+        return ahead(self._cut(positions, drawn, uniform) for positions, drawn in zip(*parts, strict=True))
+
+    def _starts(self) -> NDArray[np.int64]:
+        return batch_starts(len(self), self._batch_size, self._group.world)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         random = np.random.default_rng(derive(self._seed, Purpose.ORDER, epoch))
@@ -109,21 +118,21 @@ class MemorySource:
             return random.permutation(len(self))
         return random.choice(len(self), len(self), p=self._weights)
 
-    def _cut(self, positions: NDArray[np.int64], uniform: Tensor) -> Batch:
-        mine = positions[self._group.part(len(positions))]
-        chosen = self._examples.indices[mine]
+    def _cut(self, positions: NDArray[np.int64], drawn: NDArray[np.int64], uniform: Tensor) -> Batch:
+        part = self._group.part(len(positions))
+        chosen = self._examples.indices[positions[part]]
         images = torch.from_numpy(self._examples.images[chosen])
         labels = torch.from_numpy(self._examples.labels[chosen])
-        return Batch(images, labels, uniform[torch.from_numpy(mine)], len(positions))
+        return Batch(images, labels, uniform[torch.from_numpy(drawn[part])], len(positions))
 
 
-def batch_starts(count: int, batch_size: int) -> NDArray[np.int64]:
-    """Where each batch begins. The last may be smaller; one of a single image joins the one before it.
+def batch_starts(count: int, batch_size: int, world: int = 1) -> NDArray[np.int64]:
+    """Where each batch begins. The last may be smaller; without two images for each process it joins the one before it.
 
     BatchNorm cannot learn from one image.
     """
     starts = np.arange(0, count, batch_size)
-    return starts[:-1] if count % batch_size == 1 and len(starts) > 1 else starts
+    return starts[:-1] if 0 < count % batch_size < _FEWEST_EACH * world and len(starts) > 1 else starts
 
 
 def balancing_weights(labels: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m service train DATA ...
 
 A global batch is split over the processes, and each scales its loss by the size of the global batch, so that the
-averaged gradient is that of one process with the whole batch. BatchNorm statistics are per process, as everywhere.
+averaged gradient is that of one process with the whole batch. BatchNorm statistics are per process, as everywhere;
+those of the main one are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import atexit
 import gc
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -72,6 +73,12 @@ class Group:
         distributed.broadcast_object_list(box)
         shared: T = box[0]
         return shared
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites the tensors of every process with those of the main one."""
+        if self.world > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -43,8 +43,12 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, examples: Examples, normalise: Normaliser, *, group: Group | None = None) -> Evaluation:
-    """Runs `model` in evaluation mode over examples, of which there has to be one; processes share the work."""
+    """Runs `model` in evaluation mode over examples, of which there has to be one; processes share the work.
+
+    What is judged is the main process's model, whose BatchNorm statistics all have afterwards.
+    """
     group = group or Group()
+    group.share(model.buffers())
     part = group.part(len(examples))
     logits = group.gather(predict(model, examples.images, examples.indices[part], normalise))
     labels = examples.part_labels

@@ -19,6 +19,7 @@ LOWEST, HIGHEST = 1e-7, 10.0
 _SMOOTHING = 0.9
 _DIVERGED = 4.0
 _FEWEST = 10
+_VISIBLE = 0.05  # of the whole fall
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,20 @@ class Sweep:
     @property
     def suggestion(self) -> float:
         """The rate at which the smoothed loss falls fastest per factor of rate: a good peak."""
-        lowest = max(_FEWEST, int(self.smooth.argmin()) + 1)
-        slopes = np.gradient(self.smooth[:lowest], np.log(self.rates[:lowest]))
-        return float(self.rates[slopes.argmin()])
+        # At first the mean is that of a few losses, and steps of 1e-7 change none of them: what moves there is noise.
+        first = min(_FEWEST, len(self.smooth) - 1)
+        lowest = first + int(self.smooth[first:].argmin())
+        fall = self.smooth[first] - self.smooth[lowest]
+        slopes = np.gradient(self.smooth, np.log(self.rates))
+        fallen = self.smooth[first:lowest] <= self.smooth[first] - _VISIBLE * fall
+        places = first + np.flatnonzero(fallen) if fallen.any() else np.array([lowest])
+        return float(self.rates[places[slopes[places].argmin()]])
 
 
-def sweep(stepper: Stepper, source: Source, steps: int = 100) -> Sweep:
+def sweep(stepper: Stepper, source: Source, phase: Phase | None = None, steps: int = 100) -> Sweep:
     """Trains for up to `steps` steps at rates from 1e-7 to 10, and stops when the loss has grown fourfold.
+
+    `phase`: what learns, and at which multiples of the rate; None: everything, at the same.
 
     The weights are worthless afterwards.
 
@@ -49,7 +57,7 @@ def sweep(stepper: Stepper, source: Source, steps: int = 100) -> Sweep:
     rates, losses, smooth = [], [], []
     mean, best = 0.0, math.inf
     batches = chain.from_iterable(source.batches(epoch, 0) for epoch in count())
-    stepper.begin(Phase("sweep", 1), 1.0, 0, steps)
+    stepper.begin(phase or Phase("sweep", 1), 1.0, 0, steps)
     stepper.train()
     for step in range(steps):
         stepper.fixed_rate = LOWEST * ratio**step

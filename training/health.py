@@ -20,8 +20,10 @@ def check_finite(loss: float, epoch: int, step: int) -> None:
         )
 
 
-def check_moving(history: Sequence[Mapping[str, float]], epochs: int, classes: int) -> None:
+def check_moving(history: Sequence[Mapping[str, float]], epochs: int, classes: int, heads: float = 1.0) -> None:
     """Raises TrainingError if the loss of the last `epochs` epochs was that of guessing; 0 epochs: never.
+
+    `heads`: what the losses of all heads count together, that of the main one being 1.
 
     Epochs in which the learning rate still rose do not count: a small set of images has few steps in each, and nothing
     has been learnt at the rates of a warm-up.
@@ -31,7 +33,7 @@ def check_moving(history: Sequence[Mapping[str, float]], epochs: int, classes: i
     rates = [figures["learning_rate"] for figures in history[-epochs - 1 :]]
     losses = [figures["train_loss"] for figures in history[-epochs:]]
     warming_up = any(after > before for before, after in pairwise(rates))
-    chance = math.log(classes)
+    chance = heads * math.log(classes)
     if not warming_up and min(losses) > _STUCK * chance:
         raise TrainingError(
             f"the loss has stayed at {losses[-1]:.3f}, that of guessing among {classes} classes ({chance:.3f}), for "

@@ -45,7 +45,8 @@ class Progress:
     """Where a run stands: all that is not inside the model and the optimiser.
 
     `epoch`: epochs done. `step`: steps done in all. `batch`: steps done in the current epoch, `loss_sum` and `images`
-    over them. `best`: validation accuracy and negative loss of the best epoch, `best_epoch` its number from 1.
+    over them. `learning_rate`: of the latest step. `best`: validation accuracy and negative loss of the best epoch,
+    `best_epoch` its number from 1.
     """
 
     epoch: int = 0
@@ -53,6 +54,7 @@ class Progress:
     batch: int = 0
     loss_sum: float = 0.0
     images: int = 0
+    learning_rate: float = 0.0
     best: tuple[float, float] | None = None
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -168,6 +170,7 @@ class Trainer:
             self._pending.append((self._stepper(batch, progress.step), batch.whole))
             progress.step += 1
             progress.batch += 1
+            progress.learning_rate = self._stepper.learning_rate
             last_check = self._drain() if self._due() else None
             watcher.step(batch.whole, last_check if last_check is not None else math.nan)
             self._pause(stop)
@@ -175,6 +178,7 @@ class Trainer:
         seconds = time.monotonic() - started
         self._close_epoch((progress.images - images_before) / seconds)
         watcher.epoch(progress.history)
+        check_moving(progress.history, self._loop.stuck_epochs, self._classes, self._stepper.heads)
 
     def _due(self) -> bool:
         return self._stepper.device.type == "cpu" or len(self._pending) >= _CHECK_STEPS
@@ -204,7 +208,7 @@ class Trainer:
         progress = self.progress
         figures = {
             "epoch": float(progress.epoch + 1),
-            "learning_rate": self._stepper.learning_rate,
+            "learning_rate": progress.learning_rate,
             "train_loss": progress.loss_sum / progress.images,
             "images_per_second": images_per_second,
             **self._validate(),
@@ -216,7 +220,6 @@ class Trainer:
             progress.best_epoch = progress.epoch
             self._save_best()
         self._save(LAST)
-        check_moving(progress.history, self._loop.stuck_epochs, self._classes)
 
     def _validate(self) -> dict[str, float]:
         if not len(self._validation):

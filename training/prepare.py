@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from training.pixels import Normaliser, channel_statistics
 from training.prepared import FullSize, Prepared, calibration_rows
 from training.read import Dataset, Fault, check_classes, count_channels, read_images
 from training.shard_scan import Scanned, count_shard_channels, scan
-from training.shards import is_sharded
+from training.shards import find_shards, is_sharded, part_of
 from training.split import Split, make_split
 from training.transfer import inherited_statistics
 
@@ -43,7 +43,9 @@ def prepare(
         return _prepare_shards(experiment, entry, source, cache_folder, display, group)
     config = experiment.data
     listing = list_images(source)
-    spec = input_spec(experiment.input, entry, experiment.input.channels or count_channels(listing))
+    spec = input_spec(
+        experiment.input, entry, experiment.input.channels or count_channels(listing), experiment.model.options
+    )
     smaller = train_spec(experiment.input, spec)
     dataset, faults = _read(experiment, listing, smaller or spec, cache_folder, display, group)
     duplicates = find_duplicates(dataset)
@@ -59,6 +61,17 @@ def prepare(
     if smaller:
         full_size = _read_full_size(experiment, dataset, split, spec, cache_folder, display, group)
     return Prepared(dataset, split, spec, normalise, faults, train_spec=smaller, full_size=full_size)
+
+
+def parts_given(source: Path) -> frozenset[int]:
+    """The parts of a split that come with the data. No image is read.
+
+    Raises:
+        DataError: the images cannot be found.
+    """
+    if is_sharded(source):
+        return frozenset(map(part_of, find_shards(source)))
+    return frozenset(list_images(source).splits.tolist())
 
 
 def _read_full_size(
@@ -91,7 +104,9 @@ def _prepare_shards(
 ) -> Prepared:
     """Training samples stay in their shards; what is held out is unpacked and read."""
     config = experiment.data
-    spec = input_spec(experiment.input, entry, experiment.input.channels or count_shard_channels(source))
+    spec = input_spec(
+        experiment.input, entry, experiment.input.channels or count_shard_channels(source), experiment.model.options
+    )
 
     def look() -> Scanned:
         with display.reading(None) as advance:
@@ -148,15 +163,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def input_spec(config: InputConfig, entry: Architecture, channels: int) -> InputSpec:
-    """The model's input: the architecture's default, changed by what was asked for.
+def input_spec(
+    config: InputConfig, entry: Architecture, channels: int, options: Mapping[str, bool | int | float]
+) -> InputSpec:
+    """The model's input: the architecture's default with these options, changed by what was asked for.
 
     The shorter side of the resize keeps its proportion to the crop when only the size is changed.
 
     Raises:
         ConfigurationError: the crop is larger than what it is cut from.
     """
-    default = entry.input
+    default = entry.input_for(options)
     size = config.size or default.height
     mode = config.resize or default.resize.mode
     side = config.shorter_side

@@ -57,7 +57,10 @@ def _sample(experiment: Experiment, source: Path, count: int) -> torch.Tensor:
         raise DataError(f"{source} holds tar shards, which cannot be previewed; unpack one of them into class folders")
     listing = list_images(source)
     spec = input_spec(
-        experiment.input, describe(experiment.model.name), experiment.input.channels or count_channels(listing)
+        experiment.input,
+        describe(experiment.model.name),
+        experiment.input.channels or count_channels(listing),
+        experiment.model.options,
     )
     spec = train_spec(experiment.input, spec) or spec
     random = np.random.default_rng(derive(experiment.loop.seed, Purpose.ORDER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from training.folders import check_apart, check_writable, new_run, writing
 from training.gates import batches_up_to
 from training.interrupt import InterruptedRunError, held_back, stoppable
 from training.journal import Journal
+from training.listing import TEST, VALIDATION
 from training.loop import LAST, StoppedError, Trainer
 from training.memory import kept_memory
 from training.models import Architecture, describe
 from training.phases import Phase
-from training.prepare import prepare
+from training.prepare import parts_given, prepare
 from training.prepared import Part, Prepared
 from training.step import Stepper
 from training.threads import limited_to, thread_count
@@ -104,7 +106,9 @@ def run(
         entry, phases = _checked(experiment)
         check_apart(source, {"--repository": repository, "--runs": runs})
         check_writable(repository, "the repository")
+        _check_shares(experiment, source)
         data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
+        _check_held_out(experiment, len(data.split.validation), len(data.split.test))  # of which all may be unusable
         _introduce(display, experiment, source, data)
         folder = resume or group.from_main(lambda: new_run(runs / experiment.name, experiment))
         stopping.folder = folder
@@ -137,10 +141,24 @@ def _checked(experiment: Experiment) -> tuple[Architecture, tuple[Phase, ...]]:
     """
     entry = describe(experiment.model.name)
     phases = plan(experiment, entry)
-    if not experiment.data.validation and not experiment.data.test:
-        raise ConfigurationError("without --validation and --test no image is left to check the model with; set one")
     check_model(experiment, entry)
     return entry, phases
+
+
+def _check_held_out(experiment: Experiment, validation: float, test: float) -> None:
+    """Whether there is anything to judge by: shares or numbers of images, 0 for none."""
+    if not validation and not test:
+        raise ConfigurationError("without --validation and --test no image is left to check the model with; set one")
+    if experiment.loop.patience is not None and not validation:
+        raise ConfigurationError("--patience needs validation images to judge the epochs by; set --validation")
+
+
+def _check_shares(experiment: Experiment, source: Path) -> None:
+    """The same question before the images are read, which may take long."""
+    shares = experiment.data
+    if not (shares.validation and shares.test):
+        given = parts_given(source)
+        _check_held_out(experiment, shares.validation or VALIDATION in given, shares.test or TEST in given)
 
 
 def _export(experiment: Experiment, trained: Trained, repository: Path, display: Display) -> Path:
@@ -164,7 +182,9 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     folder = new_run(runs / experiment.name, experiment)
     stepper, _ = build_stepper(experiment, entry, data, group)
     with limited_to(_threads(experiment, stepper, data)), kept_memory():
-        found = sweep(stepper, build_source(experiment, data, group))
+        if experiment.loop.precision != "auto":
+            stepper.precision = experiment.loop.precision
+        found = sweep(stepper, build_source(experiment, data, group), plan(experiment, entry)[-1])
     plot(found, folder / "learning-rate.png")
     display.say(f"--learning-rate {found.suggestion:.1e}: there the loss falls fastest; {folder / 'learning-rate.png'}")
     return found.suggestion
@@ -211,6 +231,9 @@ def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, di
     try:
         with held_back() as interruption, display.training(images, trainer.epochs, done, journal) as view:
             trainer.fit(view, lambda: interruption.requested)
+            late = group.any(interruption.requested)  # after the last step, in the validation
+        if late:
+            raise InterruptedRunError(interruption.signal, folder)
     except StoppedError:
         raise InterruptedRunError(interruption.signal, folder) from None
     finally:
@@ -227,6 +250,8 @@ def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, di
 def repeatable(wanted: bool) -> Iterator[None]:
     """PyTorch refuses operations whose result varies from run to run, if that is wanted."""
     before = torch.are_deterministic_algorithms_enabled()
+    if wanted:  # or cuBLAS refuses; it reads this before its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     try:
         yield

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +148,7 @@ class _Scan:
 
     def run(self, urls: Sequence[str], workers: int, advance: Callable[[int], None]) -> None:
         """Reads every sample and writes what was found."""
+        self._urls = urls
         with ThreadPoolExecutor(workers) as pool:
             for number, url in enumerate(urls):
                 self._seen.append([])
@@ -251,8 +253,11 @@ class _Scan:
 
     def _digest(self) -> str:
         total = hashlib.sha256()
-        for seen in (seen for shard in self._seen for seen in shard):
-            total.update(f"{seen.key}\0{seen.label}\0{seen.part}\0".encode() + seen.digest)
+        for url, shard in zip(self._urls, self._seen, strict=True):
+            # By names, not by place: the same shards are the same data wherever they lie.
+            for seen in shard:
+                name = posixpath.basename(url) + seen.key.removeprefix(url)
+                total.update(f"{name}\0{seen.label}\0{seen.part}\0".encode() + seen.digest)
         return total.hexdigest()
 
 

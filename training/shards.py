@@ -82,9 +82,14 @@ def find_shards(source: Path) -> list[str]:
     """The shards of a folder or of a list, sorted; relative paths in a list start at its folder.
 
     Raises:
-        DataError: the list is empty.
+        DataError: the list is empty, or images lie beside the shards, which would be left out without a word.
     """
     if source.is_dir():
+        for file in source.glob("[!.]*/*"):
+            if is_image(file.name):
+                raise DataError(
+                    f"{source} holds tar shards and beside them images, as {file}; move one of the two away"
+                )
         return sorted(str(file) for file in source.glob("*.tar"))
     lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
     urls = [line if "://" in line else str(source.parent / line) for line in lines if line and line[0] != "#"]
@@ -194,14 +199,17 @@ class ShardSource:
     @property
     def steps(self) -> int:
         """Batches per epoch."""
-        return len(batch_starts(len(self), self._batch_size))
+        return len(self._starts())
+
+    def _starts(self) -> NDArray[np.int64]:
+        return batch_starts(len(self), self._batch_size, self._group.world)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """The batches of an epoch, from the one numbered `first`; those before it are read but not decoded."""
         return ahead(self._cut(epoch, first))
 
     def _cut(self, epoch: int, first: int) -> Iterator[Batch]:
-        bounds = [*batch_starts(len(self), self._batch_size).tolist(), len(self)]
+        bounds = [*self._starts().tolist(), len(self)]
         samples = self._shuffled(epoch)
         with ThreadPoolExecutor(self._workers) as pool:
             for number, size in enumerate(np.diff(bounds).tolist()):

@@ -32,9 +32,9 @@ from training.seeds import Purpose, derive, reseed
 class Stepper:
     """Turns batches into updates of `model`. What it changes beside the weights is in `state`.
 
-    `average`: the averaged weights, if any. `learning_rate`: of the latest step. `fixed_rate`: instead of the
-    schedule, if not None. `precision`: of the forward pass; set
-    it before `begin`.
+    `average`: the averaged weights, if any. `heads`: what the losses of all heads count together, that of the main
+    one being 1. `learning_rate`: of the latest step. `fixed_rate`: instead of the schedule, if not None. `precision`:
+    of the forward pass; set it before `begin`.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Stepper:
         self.model: Classifier = model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Average(model, experiment.loop.ema_decay) if experiment.loop.ema_decay else None
         self.learning_rate = 0.0
+        self.heads = 1.0
         self.fixed_rate: float | None = None
         self.precision: Precision = "float32"
         self._experiment = experiment
@@ -88,13 +89,13 @@ class Stepper:
         }
 
     def load(self, state: dict[str, Any], *, with_optimiser: bool) -> None:
-        """Takes over what `state` gave, after `begin`; the optimiser only if it is that of the same phase."""
+        """Takes over what `state` gave, after `begin`; optimiser and scaler only if they are of the same phase."""
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.model.load_state_dict(state["average"])
         if with_optimiser:
             self._optimiser.load_state_dict(state["optimiser"])
-        self._scaler.load_state_dict(state["scaler"])
+            self._scaler.load_state_dict(state["scaler"])
 
     def train(self) -> None:
         """Training mode, but for what the phase keeps frozen."""
@@ -135,7 +136,8 @@ class Stepper:
             group["lr"] = self.learning_rate * group["multiple"]
 
     def _pieces(self, batch: Batch) -> Iterator[Batch]:
-        pieces = min(self._experiment.loop.accumulate, max(1, len(batch.labels)))
+        # BatchNorm cannot learn from one image, and mixing needs two.
+        pieces = min(self._experiment.loop.accumulate, max(1, len(batch.labels) // 2))
         columns: Sequence[Sequence[Tensor]] = [t.tensor_split(pieces) for t in batch[:3]]
         for images, labels, uniform in zip(*columns, strict=True):
             yield Batch(images, labels, uniform, batch.whole)
@@ -163,6 +165,7 @@ class Stepper:
         """Sum over the images, in float32, auxiliary heads included."""
         if isinstance(outputs, Tensor):
             return self._cross_entropy(outputs, mixed)
+        self.heads = 1 + self.model.aux_weight * len(outputs.aux_logits)
         auxiliary = torch.stack([self._cross_entropy(aux, mixed) for aux in outputs.aux_logits])
         return self._cross_entropy(outputs.logits, mixed) + self.model.aux_weight * auxiliary.sum()
 
@@ -174,9 +177,12 @@ class Stepper:
 
     def _entropy_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing = self._experiment.loop.label_smoothing
-        return functional.cross_entropy(
-            logits, labels, weight=self._class_weights, label_smoothing=smoothing, reduction="sum"
-        )
+        if self._class_weights is None:
+            return functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        # PyTorch's own weights count in the smoothing, too: an image of a frequent class would be pulled to the rare
+        # ones by more than it is to its own.
+        each = functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")  # [N]
+        return (each * self._class_weights[labels]).sum()
 
     def _update(self, step: int) -> None:
         clip_norm = self._experiment.optimiser.clip_norm
@@ -197,6 +203,7 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor | Outputs]:
 
 
 def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
-    """float32[K], one over each class's size, scaled so that the mean over the images is 1."""
+    """float32[K], one over each class's size, scaled so that the mean over the images is 1; 1 for absent classes."""
     counts = np.bincount(labels, minlength=classes)
-    return np.asarray(len(labels) / (classes * np.maximum(counts, 1)), dtype=np.float32)
+    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return np.where(counts > 0, weights, 1.0).astype(np.float32)

@@ -51,7 +51,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
             _check_columns(file, reader.fieldnames or ())
-            yield from enumerate(reader, 2)  # as an editor counts: the header is line 1
+            for row in reader:
+                yield reader.line_num, row  # as an editor counts: the header is line 1
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV table of images: {error}") from error
 

@@ -46,17 +46,24 @@ def inherited_statistics(
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         stored = None  # loading the weights gives the reason; a safetensors file names no statistics
     if isinstance(stored, dict):
-        mean, std = (_numbers(stored.get(key), channels) for key in ("mean", "std"))
+        mean, std = (_fitted(_numbers(stored.get(key)), channels) for key in ("mean", "std"))
         if mean and std and min(std) > 0:
             return mean, std
     return entry.normalization(channels)
 
 
-def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+def _fitted(numbers: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+    """Statistics for so many channels, as the filters of the first convolution are fitted to them."""
+    if numbers is None or len(numbers) == channels:
+        return numbers
+    return numbers * channels if len(numbers) == 1 else (sum(numbers) / len(numbers),) * channels
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
     """Plain numbers, if that is what a file has here; they end in a manifest."""
     if isinstance(value, Tensor) and value.layout == torch.strided:
         value = value.tolist()
-    if not isinstance(value, list | tuple) or len(value) != count:
+    if not isinstance(value, list | tuple) or len(value) not in {1, 3}:
         return None
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in value):
         return None

@@ -131,7 +131,9 @@ class Images:
     def of(self, experiment: Experiment) -> Prepared:
         """The data of a trial."""
         entry = describe(experiment.model.name)
-        spec = input_spec(experiment.input, entry, experiment.input.channels or entry.channels)
+        spec = input_spec(
+            experiment.input, entry, experiment.input.channels or entry.channels, experiment.model.options
+        )
         weights = entry.name if experiment.transfer.weights else ""
         sizes = f"{spec.model_dump_json()} {experiment.input.train_size}"
         key = f"{sizes} {experiment.model.options.get('small_images')} {weights}"

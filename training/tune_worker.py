@@ -26,7 +26,7 @@ from training.prepared import Prepared
 from training.run import repeatable
 from training.search_space import is_whole, own_values, settled
 from training.seeds import Purpose, derive
-from training.study import SharedStudy
+from training.study import SharedStudy, effective
 from training.threads import limited_to, thread_count
 from training.transfer import plan
 from training.trial_view import TrialView
@@ -106,7 +106,7 @@ class Worker:
     def _prepare_sampler(self) -> None:
         """What is drawn depends on the seed, the trial's number and the trials before it, and on no process."""
         study = self._shared.study
-        number = len(study.get_trials(deepcopy=False))
+        number = len(effective(study.get_trials(deepcopy=False)))
         own = own_values(self._base, self._space)
         if number == 0 and own is not None:
             study.enqueue_trial(own)  # so that the result is never worse than what there was

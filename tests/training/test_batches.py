@@ -49,12 +49,24 @@ def test_a_run_that_goes_on_sees_the_rest_of_the_epoch():
 
 
 def test_processes_share_each_batch():
-    whole = list(source_of(50, 8).batches(0, 0))
-    parts = [list(source_of(50, 8, group=Group(rank, 3)).batches(0, 0)) for rank in range(3)]
+    whole = list(source_of(54, 8).batches(0, 0))
+    parts = [list(source_of(54, 8, group=Group(rank, 3)).batches(0, 0)) for rank in range(3)]
     for number, batch in enumerate(whole):
         together = torch.cat([part[number].images for part in parts])
         assert torch.equal(together, batch.images)
         assert {part[number].whole for part in parts} == {len(batch.images)}
+
+
+@pytest.mark.parametrize(("count", "last"), [(48, 8), (53, 13), (54, 6), (5, 5)])
+def test_each_of_several_processes_has_two_images(count, last):
+    sizes = np.diff([*batch_starts(count, 8, 3).tolist(), count]).tolist()
+    assert sizes[-1] == last
+    sources = [source_of(count, 8, group=Group(rank, 3)) for rank in range(3)]
+    for number, batches in enumerate(zip(*(source.batches(0, 0) for source in sources), strict=True)):
+        parts = [len(batch.labels) for batch in batches]
+        assert sum(parts) == sizes[number]
+        assert count < 6 or min(parts) >= 2
+    assert {source.steps for source in sources} == {len(sizes)}
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(16, [8, 8]), (17, [8, 9]), (18, [8, 8, 2]), (1, [1]), (9, [9])])
@@ -72,6 +84,16 @@ def test_balancing_draws_all_classes_equally_often():
     counts = torch.bincount(drawn)
     assert counts.min() > 0.9 * 5000 / 3
     assert counts.max() < 1.1 * 5000 / 3
+
+
+def test_an_image_that_is_drawn_twice_is_changed_in_two_ways():
+    source = source_of(50, 8, weights=np.array([0.5] + [0.5 / 49] * 49))
+    batches = list(source.batches(1, 0))
+    rows = torch.cat([batch.uniform for batch in batches])
+    assert len({tuple(row) for row in rows.tolist()}) == 50
+    assert len(set(seen(batches))) < 40
+    rest = list(source.batches(1, 3))
+    assert torch.equal(torch.cat([batch.uniform for batch in rest]), rows[24:])
 
 
 def test_a_loop_that_leaves_early_stops_the_thread():

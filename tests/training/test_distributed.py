@@ -27,7 +27,7 @@ import torch
 from training.batches import Examples, MemorySource
 from training.config import Experiment
 from training.distributed import joined
-from training.evaluate import evaluate
+from training.evaluate import evaluate, predict
 from training.loop import Trainer
 from training.models import create
 from training.phases import Phase
@@ -50,10 +50,18 @@ def train(group):
     quiet = Quiet()
     trainer.fit(quiet)
     found = evaluate(trainer.evaluated, held, normalise, group=group)
+    torch.manual_seed(1)
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten(), torch.nn.Linear(256, 4))
+    norm[0].running_mean += group.rank
+    norm[0].num_batches_tracked += group.rank
+    normed = {"alone": torch.from_numpy(predict(norm, images, np.arange(60, 75), normalise)),
+              "shared": torch.from_numpy(evaluate(norm, held, normalise, group=group).logits),
+              "buffers": dict(norm.named_buffers())}
     votes = group.any(group.rank == group.world - 1), group.sum([1.0, float(group.rank)])
     word = group.from_main(lambda: f"said by {group.rank}")
     return {"history": [dict(h) for h in quiet.history], "logits": torch.from_numpy(found.logits),
-            "weights": stepper.model.state_dict(), "votes": votes, "word": word}
+            "weights": stepper.model.state_dict(), "votes": votes, "word": word,
+            "normed": normed}
 
 torch.set_num_threads(1)
 random = np.random.default_rng(0)
@@ -107,6 +115,15 @@ def test_both_report_the_loss_and_the_evaluation_of_all_images(both):
         for mine, theirs in zip(part["history"], alone["history"], strict=True):
             assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
             assert mine["val_accuracy"] == theirs["val_accuracy"]
+
+
+def test_what_is_judged_is_the_model_that_is_kept(both):
+    """Each process has BatchNorm statistics of its own; those of the first are saved."""
+    first, second = (part["normed"] for part in both[1])
+    assert not torch.equal(first["alone"], second["alone"])
+    for part in (first, second):
+        torch.testing.assert_close(part["shared"], first["alone"])
+        assert all(torch.equal(tensor, first["buffers"][name]) for name, tensor in part["buffers"].items())
 
 
 def test_the_group_agrees(both):

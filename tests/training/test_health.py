@@ -19,6 +19,12 @@ def test_a_loss_that_stays_at_guessing_stops_the_run():
         check_moving(history(*[(0.1, CHANCE)] * 3), 3, 5)
 
 
+def test_auxiliary_heads_guess_too():
+    with pytest.raises(TrainingError, match=r"guessing among 5 classes \(2\.575\)"):
+        check_moving(history(*[(0.1, 1.59 * CHANCE)] * 3), 3, 5, heads=1.6)
+    check_moving(history(*[(0.1, 1.2 * CHANCE)] * 3), 3, 5, heads=1.6)
+
+
 def test_epochs_of_a_warm_up_do_not_count():
     rising = [(0.01 * n, CHANCE + 0.05) for n in range(1, 8)]
     check_moving(history(*rising), 5, 5)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from service.errors import TrainingError
+from service.errors import ConfigurationError, TrainingError
 from training import checkpoint
-from training.assemble import build_stepper, build_trainer
+from training.assemble import build_source, build_stepper, build_trainer
 from training.config import Experiment
 from training.distributed import Group
 from training.loop import BEST, LAST, StoppedError
@@ -97,6 +97,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(digit_data, tmp_path, stop_af
     for a, b in zip(whole.progress.history, second.progress.history, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-12)
         assert a["val_loss"] == b["val_loss"]
+        assert a["learning_rate"] == b["learning_rate"]
 
 
 def test_a_finished_run_resumes_to_its_best_weights(digit_data, tmp_path):
@@ -125,8 +126,10 @@ def test_a_loss_that_stays_at_chance_stops_with_advice(digit_data, tmp_path):
     trainer = trainer_of(
         digit_data, tmp_path, optimiser={"learning_rate": 1e-12}, loop={"epochs": 30, "stuck_epochs": 3}
     )
+    notes = Notes()
     with pytest.raises(TrainingError, match=r"guessing among 10 classes \(2\.303\), for 3 epochs"):
-        trainer.fit(Notes())
+        trainer.fit(notes)
+    assert len(notes.history) == 12  # the log has the last one, too
     assert trainer.progress.epoch == 12  # three after the nine of the warm-up
 
 
@@ -147,6 +150,13 @@ def test_only_the_last_phase_is_stopped_early_and_by_its_own_epochs(digit_data, 
     trainer.fit(Notes())
 
     assert trainer.progress.epoch == max(trainer.progress.best_epoch, 6) + 2
+
+
+def test_batches_too_small_for_the_processes_are_refused(digit_data):
+    experiment = Experiment.model_validate(merged(SMALL, {"loop": {"batch_size": 5}}))
+    assert build_source(experiment, digit_data, Group(1, 2)).steps
+    with pytest.raises(ConfigurationError, match=r"--batch-size 5 .* 3 processes .* 6 at least"):
+        build_source(experiment, digit_data, Group(1, 3))
 
 
 def test_writes_checkpoints_within_epochs(digit_data, tmp_path):

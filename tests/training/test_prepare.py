@@ -35,6 +35,13 @@ def test_training_images_are_smaller_with_the_same_view():
     assert (stretched.shape, stretched.resize.shorter_side) == ((176, 176, 3), None)
 
 
+def test_the_size_follows_the_options_of_the_model(digit_folder, tmp_path):
+    settings = Experiment.model_validate({"model": {"name": "resnet18", "options": {"small_images": True}}})
+    cache = Display(Console(file=io.StringIO()))
+    data = prepare(settings, describe("resnet18"), digit_folder, tmp_path, cache, Group())
+    assert data.spec.shape == (32, 32, 1)
+
+
 @pytest.mark.parametrize("size", [None, 224])
 def test_without_another_size_there_is_one(size):
     assert train_spec(InputConfig(train_size=size), SPEC) is None

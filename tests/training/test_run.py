@@ -20,11 +20,13 @@ from training import checkpoint
 from training.calibrate import calibration
 from training.config import Experiment
 from training.display import Display
+from training.finder import sweep
 from training.folders import latest_run
 from training.interrupt import InterruptedRunError
 from training.loop import LAST
-from training.models import WeightsMismatchError, create
-from training.run import run, search_learning_rate
+from training.models import WeightsMismatchError, create, describe
+from training.run import repeatable, run, search_learning_rate
+from training.transfer import plan
 
 ROOT = Path(__file__).parents[2]
 TREE = {"name": "digits", "input": {"size": 16}, "loop": {"epochs": 4, "precision": "float32", "threads": 1}}
@@ -235,6 +237,28 @@ class Interrupting(Display):
             yield SimpleNamespace(step=step, epoch=view.epoch)
 
 
+def test_a_signal_in_the_last_validation_is_not_lost(digit_folder, tmp_path):
+    class Late(Display):
+        @contextmanager
+        def training(self, *arguments):
+            with super().training(*arguments) as view:
+
+                def epoch(history):
+                    view.epoch(history)
+                    if len(history) == 2:
+                        os.kill(os.getpid(), signal.SIGTERM)
+
+                yield SimpleNamespace(step=view.step, epoch=epoch)
+
+    tree = {**TREE, "loop": {**TREE["loop"], "epochs": 2, "stuck_epochs": 0}, "export": {"variants": []}}
+    arguments = (Experiment.model_validate(tree), digit_folder, tmp_path / "models", tmp_path / "runs")
+    with pytest.raises(InterruptedRunError) as stopped:
+        run(*arguments, Late(Console(file=io.StringIO())))
+    assert (stopped.value.signal, stopped.value.folder) == (signal.SIGTERM, tmp_path / "runs" / "digits" / "1")
+    assert not list((tmp_path / "models").rglob("manifest.json"))
+    assert run(*arguments, display(), resume=stopped.value.folder).version.name == "1"
+
+
 def test_trained_small_it_is_judged_and_served_at_the_input_size_and_resumes_to_identical_weights(
     digit_folder, tmp_path
 ):
@@ -315,8 +339,15 @@ def test_what_would_fail_at_the_end_fails_at_the_start(digit_folder, tmp_path):
     with pytest.raises(ConfigurationError, match=r"the repository .* cannot be written"):
         run(experiment, digit_folder, tmp_path / "file", tmp_path / "runs", display())
     nothing_held_out = Experiment.model_validate({**TREE, "data": {"validation": 0, "test": 0}})
-    with pytest.raises(ConfigurationError, match="no image is left to check"):
-        run(nothing_held_out, digit_folder, tmp_path / "models", tmp_path / "runs", display())
+
+    class Unread(Display):
+        def reading(self, files, what="images"):
+            pytest.fail("images were read")
+
+    nothing_to_wait_by = Experiment.model_validate({**TREE, "data": {"validation": 0}, "loop": {"patience": 2}})
+    for settings, message in ((nothing_held_out, "no image is left"), (nothing_to_wait_by, "--patience needs")):
+        with pytest.raises(ConfigurationError, match=message):
+            run(settings, digit_folder, tmp_path / "models", tmp_path / "runs", Unread(Console(quiet=True)))
     too_small = Experiment.model_validate({**TREE, "input": {"size": 8}})
     with pytest.raises(ConfigurationError, match="too small for lenet5"):
         run(too_small, digit_folder, tmp_path / "models", tmp_path / "runs", display())
@@ -328,6 +359,29 @@ def test_what_would_fail_at_the_end_fails_at_the_start(digit_folder, tmp_path):
     transfer = Experiment.model_validate({**TREE, "transfer": {"weights": str(weights_of_another)}})
     with pytest.raises(WeightsMismatchError, match="does not fit this lenet5"):
         run(transfer, tmp_path / "no-images", tmp_path / "models", tmp_path / "runs", display())
+
+
+def test_parts_that_came_with_the_data_need_no_shares(digit_folder, tmp_path):
+    images = tmp_path / "images"
+    for file in sorted(digit_folder.glob("[01]/*.png")):
+        part = images / ("val" if file.stem[-1] == "3" else "train") / file.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, part)
+    tree = {**TREE, "loop": {**TREE["loop"], "epochs": 1, "patience": 1}, "data": {"validation": 0, "test": 0}}
+    settings = Experiment.model_validate({**tree, "export": {"variants": []}})
+    result = run(settings, images, tmp_path / "models", tmp_path / "runs", display())
+    assert {file.parts[-3] for file in result.holdout} == {"val"}
+
+
+def test_what_is_repeatable_on_a_gpu_is_so_from_the_start(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with repeatable(wanted=False):
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with repeatable(wanted=True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with repeatable(wanted=True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_faults_are_reported_and_kept_in_a_file(digit_folder, tmp_path):
@@ -356,3 +410,22 @@ def test_the_search_for_a_learning_rate_leaves_a_curve(digit_folder, tmp_path):
     rate = search_learning_rate(Experiment.model_validate(TREE), digit_folder, tmp_path / "runs", display())
     assert 1e-4 < rate < 1
     assert (tmp_path / "runs" / "digits" / "1" / "learning-rate.png").stat().st_size > 1000
+
+
+def test_the_search_is_that_of_the_last_phase_at_the_precision_asked_for(finished, digit_folder, tmp_path, monkeypatch):
+    result, _ = finished
+    swept = {}
+
+    def spy(stepper, source, phase):
+        swept.update(precision=stepper.precision, phase=phase)
+        return sweep(stepper, source, phase)
+
+    monkeypatch.setattr("training.run.sweep", spy)
+    tree = {
+        **TREE,
+        "loop": {**TREE["loop"], "precision": "bfloat16"},
+        "transfer": {"weights": str(result.folder / "best.pt"), "strategy": "linear-probe"},
+    }
+    experiment = Experiment.model_validate(tree)
+    search_learning_rate(experiment, digit_folder, tmp_path / "runs", display())
+    assert swept == {"precision": "bfloat16", "phase": plan(experiment, describe("lenet5"))[-1]}

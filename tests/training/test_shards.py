@@ -1,4 +1,5 @@
 import io
+import shutil
 import tarfile
 
 import numpy as np
@@ -159,6 +160,26 @@ def test_the_second_scan_is_the_first(shards, tmp_path):
     assert second.shards.digest == first.shards.digest
     assert second.held_out.paths == first.held_out.paths
     assert scanned(shards, tmp_path, seed=1).held_out.paths != first.held_out.paths
+
+
+def test_the_same_shards_elsewhere_are_the_same_data(shards, tmp_path):
+    copies = tmp_path / "elsewhere" / "copies"
+    shutil.copytree(shards, copies)
+    assert scanned(copies, tmp_path).shards.digest == scanned(shards, tmp_path).shards.digest
+    (copies / "train-000.tar").rename(copies / "train-009.tar")
+    assert scanned(copies, tmp_path).shards.digest != scanned(shards, tmp_path).shards.digest
+
+
+def test_images_beside_shards_are_not_left_out_without_a_word(shards, tmp_path):
+    (shards / "notes").mkdir()
+    (shards / "notes" / "read.me").write_text("")
+    (shards / ".hidden").mkdir()
+    (shards / ".hidden" / "1.png").write_bytes(png(0))
+    assert len(find_shards(shards)) == 3
+    (shards / "cat").mkdir()
+    (shards / "cat" / "1.png").write_bytes(png(0))
+    with pytest.raises(DataError, match=r"holds tar shards and beside them images, as .*cat/1\.png"):
+        scanned(shards, tmp_path)
 
 
 def test_shards_named_for_a_part_are_that_part(shards, tmp_path):

@@ -96,16 +96,45 @@ def test_clipping_bounds_the_update():
     assert (after - before).norm() == pytest.approx(0.01 * 0.01, rel=1e-3)
 
 
-def test_class_weights_average_to_one_and_count_in_the_loss():
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_no_piece_has_a_single_image(name):
+    """BatchNorm cannot learn from one."""
+    size = {"resnet18": 32, "googlenet": 64}[name]
+    stepper = stepper_of(
+        create(name, 10, 3, width=0.125), normalise=Normaliser((0.5,) * 3, (0.5,) * 3), loop={"accumulate": 2}
+    )
+    assert stepper(batch_of(3, 3, size), 0).isfinite()
+    assert all(tensor.isfinite().all() for tensor in stepper.model.state_dict().values())
+
+
+@pytest.mark.parametrize("same_phase", [True, False])
+def test_the_scale_of_losses_is_that_of_its_optimiser(same_phase):
+    first, second = stepper_of(precision="float16"), stepper_of(precision="float16")
+    begun = second.state()["scaler"]["scale"]
+    state = first.state()
+    state["scaler"]["scale"] = begun / 8
+    second.load(state, with_optimiser=same_phase)
+    assert second.state()["scaler"]["scale"] == (begun / 8 if same_phase else begun)
+
+
+def test_classes_without_images_change_no_weights():
+    labels = np.array([0] * 6 + [2] * 3)
+    weights = class_weights(labels, 4)
+    assert weights[labels].mean() == pytest.approx(1)
+    assert weights[[1, 3]].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.2])
+def test_class_weights_average_to_one_and_count_in_the_loss(smoothing):
     labels = np.array([0] * 6 + [1] * 3)
     weights = class_weights(labels, 2)
     assert weights[labels].mean() == pytest.approx(1)
     assert weights[1] == pytest.approx(2 * weights[0])
     batch = batch_of(2)._replace(labels=torch.tensor([0, 1]))
-    stepper = stepper_of(fresh("lenet5", 2, 1), weights=weights)
+    stepper = stepper_of(fresh("lenet5", 2, 1), weights=weights, loop={"label_smoothing": smoothing})
     with torch.no_grad():
         logits = stepper.model(NORMALISE(unit_range(batch.images)))
-    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    losses = nn.functional.cross_entropy(logits, batch.labels, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(stepper(batch, 0), (losses * torch.from_numpy(weights)).mean())
 
 
@@ -121,6 +150,7 @@ def test_auxiliary_heads_count_with_their_weight():
     parts = [nn.functional.cross_entropy(logits, batch.labels) for logits in (outputs.logits, *outputs.aux_logits)]
     assert len(parts) == 3
     torch.testing.assert_close(stepper(batch, 0), parts[0] + 0.3 * (parts[1] + parts[2]), atol=1e-4, rtol=1e-4)
+    assert stepper.heads == pytest.approx(1.6)
 
 
 def stepper_inputs(batch):

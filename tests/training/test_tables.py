@@ -32,6 +32,7 @@ def test_reads_parquet_with_number_labels(tmp_path):
     [
         ("file,label\n1.png,a\n", r"has no column path \(it has: file, label\)"),
         ("path,label\n1.png,a\n,b\n", "row 3: path or label is empty"),
+        ('path,label\n"1\n2.png",a\n,b\n', "row 4: path or label is empty"),
         ("path,label,split\n1.png,a,dev\n", "row 2: split 'dev'"),
         ("path,label\n", "lists no images"),
         ("path,label\n1.png,a\n2.png,a\n", r"images\.csv holds only one class \(a\)"),

@@ -95,7 +95,13 @@ def test_pixels_are_normalised_as_the_weights_expect(imagenet_file, tmp_path):
     assert imagenet == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     torch.save({"model": {}, "mean": (0.1,), "std": (0.3,)}, tmp_path / "best.pt")
     assert inherited_statistics(experiment_of(weights=tmp_path / "best.pt").transfer, ENTRY, 1) == ((0.1,), (0.3,))
-    assert inherited_statistics(experiment_of(weights=tmp_path / "best.pt").transfer, ENTRY, 3) == imagenet
+    assert inherited_statistics(experiment_of(weights=tmp_path / "best.pt").transfer, ENTRY, 3) == (
+        (0.1,) * 3,
+        (0.3,) * 3,
+    )
+    colour = {"model": {}, "mean": (0.5, 0.25, 0.75), "std": (0.25, 0.5, 0.75)}
+    torch.save(colour, tmp_path / "colour.pt")
+    assert inherited_statistics(experiment_of(weights=tmp_path / "colour.pt").transfer, ENTRY, 1) == ((0.5,), (0.5,))
     assert inherited_statistics(experiment_of(weights=None).transfer, ENTRY, 3) is None
 
 

@@ -289,7 +289,11 @@ def test_ctrl_c_in_the_middle_of_a_trial_repeats_it(digit_folder, tmp_path, disp
     assert (stopped.signal, stopped.left, stopped.elsewhere, stopped.best) == (signal.SIGINT, 3, 0, None)
     outcome = tune(job(tmp_path, digit_folder, trials=3), display)
     assert (outcome.signal, outcome.left) == (None, 0)
-    assert repeats_are_equal(trials_of(f"sqlite:///{tmp_path / 'study.db'}")) == 1
+    trials = trials_of(f"sqlite:///{tmp_path / 'study.db'}")
+    assert repeats_are_equal(trials) == 1
+    tune(job(tmp_path / "whole", digit_folder, trials=3), display)
+    undisturbed = trials_of(f"sqlite:///{tmp_path / 'whole' / 'study.db'}")
+    assert [t.params for t in trials if t.state != TrialState.FAIL] == [t.params for t in undisturbed]
 
 
 KILLED = """
