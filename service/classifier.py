@@ -184,8 +184,9 @@ class Classifier:
         series.total.observe(seconds)
         series.queue.observe(result.timing.queue_s)
         series.decode.observe(result.timing.decode_s)
-        series.infer.observe(result.timing.inference_s)
         faults = [outcome for outcome in result.outcomes if isinstance(outcome, InvalidImageError)]
+        if result.timing.inference_s:  # without a usable image nothing was inferred
+            series.infer.observe(result.timing.inference_s)
         series.classified.inc(len(result.outcomes) - len(faults))
         if faults:
             series.failed.inc(len(faults))

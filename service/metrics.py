@@ -41,7 +41,7 @@ class Metrics:
 
         self.stage_seconds = Histogram(
             "convoy_stage_duration_seconds",
-            "Time of one request in a stage: decode, queue, infer, respond.",
+            "Time of one request in a stage: decode, queue, infer.",
             ("model", "stage"),
             buckets=SECONDS,
             registry=registry,
@@ -134,7 +134,7 @@ class Metrics:
             registry=registry,
         )
         self.loop_lag_seconds = Gauge(
-            "convoy_event_loop_lag_seconds", "Latest delay of the event loop.", registry=registry
+            "convoy_event_loop_lag_seconds", "Longest delay of the event loop in the last 30 s.", registry=registry
         )
         self.tls_expiry = Gauge(
             "convoy_tls_certificate_expiry_timestamp_seconds",

@@ -208,7 +208,7 @@ OPERATOR: list[Row] = [
                 "Event loop's lag",
                 {"{{pod}}": f"convoy_event_loop_lag_seconds{{{SERVICE}}}"},
                 "s",
-                what="Above 50 ms something blocks the loop; liveness fails after ten seconds.",
+                what="The longest of 30 s. Above 50 ms something blocks the loop; liveness fails after ten seconds.",
                 red_above=0.05,
             ),
             Panel(

@@ -320,6 +320,11 @@ async def test_timing_and_outcomes_are_measured(bench):
     assert value("convoy_image_errors_total", {"reason": "corrupt", "format": "PNG"}) == 1
     for stage in ("decode", "queue", "infer"):
         assert value("convoy_stage_duration_seconds_count", {"model": "grey", "stage": stage}) == 1
+    await bench.ask([BROKEN])
+    counts = [
+        value("convoy_stage_duration_seconds_count", {"model": "grey", "stage": stage}) for stage in ("decode", "infer")
+    ]
+    assert counts == [2, 1]  # of a request without a usable image nothing was inferred
 
 
 async def test_thumbnails_of_a_large_request_leave_others_their_turns(tmp_path, monkeypatch):

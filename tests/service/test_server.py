@@ -70,6 +70,17 @@ async def test_a_server_is_live_before_and_after_it_is_ready(tmp_path):
     )
 
 
+async def test_a_delay_of_the_event_loop_is_still_seen_when_it_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "_BEAT_S", 0.02)
+    toys.write_version(tmp_path)
+    async with toys.real_server(tmp_path) as server:
+        time.sleep(0.5)  # noqa: ASYNC251  # that is the delay
+        await asyncio.sleep(0.3)
+        lag_s = server.metrics.registry.get_sample_value("convoy_event_loop_lag_seconds")
+
+    assert lag_s > 0.4
+
+
 async def test_draining_is_reported_while_calls_are_still_taken(tmp_path):
     """Load balancers need time to notice: during the delay health says no, and calls are answered all the same."""
     toys.write_version(tmp_path, classes=256)
