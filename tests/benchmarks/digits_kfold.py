@@ -1,4 +1,5 @@
-"""Five-fold stratified accuracy of the default recipe on scikit-learn's handwritten digits, end to end from PNG files.
+"""Five-fold stratified accuracy of the default recipe on scikit-learn's handwritten digits, end to end from PNG files,
+and what the temperature that is fitted on the validation part does to the likelihood.
 
     python tests/benchmarks/digits_kfold.py [SEED]
 
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 
 from training.assemble import build_stepper, build_trainer
+from training.calibrate import Calibration, calibration, fit_temperature
 from training.config import Experiment
 from training.data import list_images
 from training.digits import write_digits
@@ -35,6 +38,7 @@ from training.threads import limited_to
 
 FOLDS = 5
 EXPECTED = 0.99
+TIMES = ("before", "after")
 
 
 class Silent:
@@ -47,20 +51,29 @@ class Silent:
         pass
 
 
-def run_fold(experiment: Experiment, dataset: Dataset, rest: np.ndarray, test: np.ndarray, folder: Path) -> float:
-    """Accuracy on `test` after training on `rest`, part of which chooses the epoch."""
+class Fold(NamedTuple):
+    """Figures on the images of `test`."""
+
+    accuracy: float
+    calibration: Calibration
+
+
+def run_fold(experiment: Experiment, dataset: Dataset, rest: np.ndarray, test: np.ndarray, folder: Path) -> Fold:
+    """Trains on `rest`, part of which chooses the epoch and the temperature."""
     inner = stratified_split(
         dataset.labels, dataset.classes, rest, validation=experiment.data.validation, test=0.0, seed=0
     )
     split = Split(train=inner.train, validation=inner.validation, test=test)
     entry, group = describe(experiment.model.name), Group()
-    spec = input_spec(experiment.input, entry, dataset.images.shape[-1])
+    spec = input_spec(experiment.input, entry, dataset.images.shape[-1], experiment.model.options)
     data = Prepared(dataset, split, spec, Normaliser(*channel_statistics(dataset.images, split.train)), ())
     stepper, _ = build_stepper(experiment, entry, data, group)
     phases = (Phase("training", experiment.loop.epochs),)
     trainer = build_trainer(experiment, data, stepper, phases, folder, group)
     trainer.fit(Silent())
-    return evaluate(trainer.evaluated, data.examples("test"), data.normalise).accuracy
+    tuned, found = (evaluate(trainer.evaluated, data.examples(part), data.normalise) for part in ("validation", "test"))
+    temperature = fit_temperature(tuned.logits, tuned.labels)
+    return Fold(found.accuracy, calibration(found.logits, found.labels, temperature))
 
 
 def main(seed: int = 0) -> int:
@@ -70,15 +83,20 @@ def main(seed: int = 0) -> int:
         folder.mkdir()
         write_digits(images)
         listing = list_images(images)
-        spec = input_spec(experiment.input, describe(experiment.model.name), count_channels(listing))
+        entry = describe(experiment.model.name)
+        spec = input_spec(experiment.input, entry, count_channels(listing), experiment.model.options)
         dataset, _ = read_images(listing, spec)
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(dataset.images, dataset.labels)
-        accuracies = []
+        done = []
         for number, (rest, test) in enumerate(folds, 1):
             started = time.monotonic()
-            accuracies.append(run_fold(experiment, dataset, rest, test, folder))
-            click.echo(f"fold {number}: {accuracies[-1]:.2%} on {len(test)} images, {time.monotonic() - started:.1f} s")
-    mean = float(np.mean(accuracies))
+            done.append(run_fold(experiment, dataset, rest, test, folder))
+            click.echo(
+                f"fold {number}: {done[-1].accuracy:.2%} on {len(test)} images, {time.monotonic() - started:.1f} s"
+            )
+    mean = float(np.mean([fold.accuracy for fold in done]))
+    before, after = (np.mean([getattr(fold.calibration, f"likelihood_{when}") for fold in done]) for when in TIMES)
+    click.echo(f"negative log-likelihood {before:.4f}, with the temperature {after:.4f}")
     click.echo(f"{FOLDS}-fold accuracy {mean:.2%}, expected at least {EXPECTED:.0%}; torch {torch.__version__}")
     return 0 if mean >= EXPECTED else 1
 

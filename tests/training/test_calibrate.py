@@ -46,14 +46,30 @@ def test_lowers_the_calibration_error_and_keeps_the_predictions():
     np.testing.assert_array_equal(before.argmax(axis=1), after.argmax(axis=1))
 
 
-def test_a_perfect_model_does_not_become_certain():
+@pytest.mark.parametrize("certainty", [1, 2, 4])
+def test_a_perfect_but_timid_model_does_not_become_certain(certainty):
     labels = np.arange(100) % 10
-    logits = np.eye(10, dtype=np.float32)[labels] * 12
+    logits = np.eye(10, dtype=np.float32)[labels] * certainty
 
     temperature = calibrate.fit_temperature(logits, labels)
 
     confidence = calibrate.softmax(logits, temperature).max()
     assert 0.98 < confidence < 0.9999  # 100 images without an error allow no more than about 1 in 100
+
+
+def test_a_model_without_errors_keeps_the_confidence_that_it_has():
+    labels = np.arange(100) % 10
+    assert calibrate.fit_temperature(np.eye(10, dtype=np.float32)[labels] * 12, labels) == 1
+
+
+def test_one_error_in_many_images_speaks_neither_for_nor_against_the_model():
+    random = np.random.default_rng(4)
+    labels = random.integers(0, 10, 150)
+    logits = (10 * np.eye(10)[labels] + random.normal(0, 1, (150, 10))).astype(np.float32)
+    wrong = logits.copy()
+    wrong[0] = wrong[0][::-1]
+    assert calibrate.fit_temperature(logits, labels) == 1
+    assert calibrate.fit_temperature(wrong, labels) > 1.2  # it was sure of it
 
 
 def test_a_model_that_is_always_wrong_goes_to_the_upper_bound():
