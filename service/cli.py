@@ -6,6 +6,7 @@ training is imported by the service. Commands import what they need when they ru
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -54,6 +55,15 @@ class _Commands(click.Group):
             points = metadata.entry_points(group=_GROUP, name=cmd_name)
             command = next(iter(points)).load() if points else None
         return command if isinstance(command, click.Command) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            meant = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            raise (click.UsageError(f"{error.message} Did you mean {meant[0]!r}?", ctx) if meant else error) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -102,10 +102,7 @@ class Client:
             ready.result(timeout=self._connect_timeout_s)
         except grpc.FutureTimeoutError:
             self._channel.close()
-            raise ServerUnreachableError(
-                f"no server answers at {self._target}; start one with `convoy serve`, or name another with --server "
-                "(and --tls-ca if it speaks TLS, with --tls-certificate and --tls-key if it asks for them)"
-            ) from None
+            raise unreachable(self._target) from None
         except BaseException:  # Ctrl-C: an open channel would hold up the end of the process
             self._channel.close()
             raise
@@ -183,6 +180,15 @@ def _translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise refusal(error) from None
+
+
+def unreachable(target: str) -> ServerUnreachableError:
+    """The error of a server that does not answer, with what to do."""
+    port = "" if ":" in target else f" (give its port, as in {target}:8500)"
+    return ServerUnreachableError(
+        f"no server answers at {target}{port}; start one with `convoy serve`, or name another with --server "
+        "(and --tls-ca if it speaks TLS, with --tls-certificate and --tls-key if it asks for them)"
+    )
 
 
 def refusal(error: grpc.RpcError) -> ServerRefusedError:

@@ -22,8 +22,8 @@ import grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from grpc import aio
 
-from service.client import TlsFiles
-from service.exits import ServerRefusedError, ServerUnreachableError
+from service.client import TlsFiles, unreachable
+from service.exits import ServerRefusedError
 
 _CLASSIFY = "/convoy.v1.ImageClassifier/Classify"
 _UNLIMITED = -1
@@ -221,10 +221,7 @@ async def _connect(channel: aio.Channel, target: str, timeout_s: float) -> None:
     try:
         await asyncio.wait_for(channel.channel_ready(), timeout_s)
     except TimeoutError:
-        raise ServerUnreachableError(
-            f"no server answers at {target}; start one with `convoy serve`, or name another with --server "
-            "(and --tls-ca if it speaks TLS)"
-        ) from None
+        raise unreachable(target) from None
 
 
 async def _try(call: _Call, request: bytes) -> None:

@@ -86,6 +86,14 @@ def test_help_lists_every_command_and_every_exit_code(convoy):
     assert all(name in out for name in [*command_names(), "Exit codes", "wrong flags or settings", "75", "130"])
 
 
+@pytest.mark.parametrize(("typed", "advice"), [("classfy", "Did you mean 'classify'?"), ("xyzzy", "'xyzzy'.")])
+def test_a_misspelt_command_is_told_its_name(convoy, typed, advice):
+    code, _, err = convoy(typed, "image.jpg")
+
+    assert code == 2
+    assert err.rstrip().endswith(advice)
+
+
 def test_the_version_is_told(convoy):
     code, out, _ = convoy("--version")
 
@@ -281,6 +289,7 @@ def test_only_bad_images_are_named_one_by_one(convoy, served, tmp_path, count):
             4,
             "no server answers at 127.0.0.1:1; start one with `convoy serve`",
         ),
+        (["classify", __file__, "--server", "localhost"], 4, "(give its port, as in localhost:8500)"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
