@@ -26,8 +26,8 @@ __all__ = ["Engine", "OrtEngine", "Outputs", "build", "executors", "side_by_side
 
 # A batch that is this quick is measured twice, and the better time counts.
 _QUICK_S = 0.02
-# Runs of a size that are slower than those after them, if not one: on a GPU the first allocates and the second captures
-# a graph, the CPU provider compiles nothing.
+# Runs of a size that are slower than those after them, if not one: on a GPU the first compiles and captures, and the
+# second allocates as the first showed to be best, the CPU provider compiles nothing.
 _COLD_RUNS = {CPU: 0} | dict.fromkeys(GPU_PROVIDERS, 2)
 
 
@@ -132,7 +132,6 @@ class OrtEngine:
         seen = sorted(times_s)
         between = np.interp(self.buckets, seen, [times_s[bucket] for bucket in seen])
         self.measured_s = dict(zip(self.buckets, between.tolist(), strict=True))
-        self._run(self.buckets[0], last_of_warm_up=True)
 
     def run_smallest(self) -> None:
         """Runs the smallest bucket, whatever is in the buffer.
@@ -156,13 +155,13 @@ class OrtEngine:
         self._run(bucket)
         return clock() - began
 
-    def _run(self, count: int, *, last_of_warm_up: bool = False) -> Outputs:
+    def _run(self, count: int) -> Outputs:
         """The first `count` images of the buffer."""
         if self._lost:
             raise DeviceLostError(self._lost)
         bucket = next(size for size in self.buckets if size >= count)
         try:
-            logits, probabilities = self._runner.run(bucket, last_of_warm_up=last_of_warm_up)
+            logits, probabilities = self._runner.run(bucket)
         except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
             meant = faults.translate(error)
             if isinstance(meant, DeviceLostError):
@@ -213,11 +212,11 @@ def executors(version: ModelVersion, loaded: Loaded, variant: str, buckets: Sequ
     try:
         if plan.provider in GPU_PROVIDERS:
             runners = [
-                CudaRunner(session, gpu, buckets, shape, classes, graphs=loaded.graphs)
-                for session, gpu in zip(loaded.sessions, plan.gpus, strict=True)
+                CudaRunner(on_gpu, gpu, shape, classes, graphs=loaded.graphs)
+                for on_gpu, gpu in zip(loaded.on_gpus, plan.gpus, strict=True)
             ]
         else:
-            runners = [HostRunner(loaded.sessions[0], buckets[-1], shape) for _ in range(plan.executors)]
+            runners = [HostRunner(loaded.session, buckets[-1], shape) for _ in range(plan.executors)]
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
         raise faults.translate(error) from error
     return [OrtEngine(runner, plan, variant, buckets) for runner in runners]

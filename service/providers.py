@@ -165,9 +165,9 @@ def session_entries() -> dict[str, str]:
 def cuda_options(plan: Plan, gpu: int, *, graphs: bool) -> dict[str, str]:
     """Options of the CUDA provider.
 
-    The arena grows by what is needed and not to the next power of two. Convolution algorithms are searched for
-    exhaustively: every batch size is run before traffic comes. `use_tf32=0`, `prefer_nhwc=0` or `gpu_mem_limit=BYTES`
-    in the settings' `provider_options` change the rest.
+    The arena grows by what is needed and not to the next power of two. The better and slower one of cuDNN's heuristics
+    chooses the algorithms: every batch size is run before traffic comes. `use_tf32=0`, `prefer_nhwc=0` or
+    `gpu_mem_limit=BYTES` (for each batch size) in the settings' `provider_options` change the rest.
     """
     made = {
         "device_id": str(gpu),

@@ -5,19 +5,22 @@ Each executor has a runner with an input buffer of its own, made at load; the se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service import cuda
+from service import capture, cuda
 from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
 
-# Names the captured CUDA graph that a run replays; ONNX Runtime's `gpu_graph_id`.
+# Names the CUDA graph that a run captures or replays; without it there is one for each session and thread.
 _GRAPH_ID = "gpu_graph_id"
+_NO_GRAPH = "-1"
 _SHRINK_ARENA = "memory.enable_memory_arena_shrinkage"
+_ARENAS = {"cuda": "gpu"}  # what this option calls the memories of `OrtValue`
 
 
 class Outputs(NamedTuple):
@@ -34,7 +37,7 @@ class Runner(Protocol):
     def pixels(self) -> NDArray[np.uint8]:
         """Where the batch goes: uint8[largest bucket, H, W, C]."""
 
-    def run(self, bucket: int, *, last_of_warm_up: bool = False) -> Outputs:
+    def run(self, bucket: int) -> Outputs:
         """Runs the first `bucket` images; the outputs, [bucket, K], are the caller's to keep."""
 
     def close(self) -> None:
@@ -57,9 +60,8 @@ class HostRunner:
         self._session = session
         self.pixels = np.zeros((largest, *shape), np.uint8)
 
-    def run(self, bucket: int, *, last_of_warm_up: bool = False) -> Outputs:
+    def run(self, bucket: int) -> Outputs:
         """See `Runner`."""
-        del last_of_warm_up
         logits, probabilities = self._session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: self.pixels[:bucket]})
         return Outputs(logits, probabilities)
 
@@ -75,60 +77,80 @@ class _Slot(NamedTuple):
     logits: Any
     probabilities: Any
     binding: Any
-    options: Any
 
 
 class CudaRunner:
     """For CUDA and TensorRT: pixels are page-locked on the host, and every bucket has its place on the GPU.
 
-    With `graphs`, the kernels of a bucket are captured into a CUDA graph during warm-up (ONNX Runtime captures on the
-    second run with an id) and replayed by a single launch afterwards.
+    All batches run on a thread that the runner keeps, whoever asks. With `graphs`, the kernels of a bucket are captured
+    into a CUDA graph when it first runs, in the warm-up, and replayed by a single launch afterwards: ONNX Runtime keeps
+    them for the thread that they were captured on, and would capture again, while a request waits, on each other one
+    (`GetPerThreadContext` in `cuda_execution_provider.cc`). And a thread that talks to one GPU only never leaves the
+    wrong one selected.
 
     Args:
-        session: of this runner alone if graphs are used.
+        sessions: by batch size; several sizes may have the same one if no graphs are used.
         gpu: device number.
-        buckets: batch sizes, ascending.
         shape: height, width, channels.
         classes: K.
-        graphs: the session was made to capture graphs.
+        graphs: the sessions were made to capture graphs.
         memory: where the buffers are, as `onnxruntime.OrtValue` calls it.
     """
 
     def __init__(
         self,
-        session: Any,
+        sessions: Mapping[int, Any],
         gpu: int,
-        buckets: Sequence[int],
         shape: Sequence[int],
         classes: int,
         *,
         graphs: bool,
         memory: str = "cuda",
     ) -> None:
-        self._session, self._gpu, self._graphs, self._memory = session, gpu, graphs, memory
-        self.pixels = np.zeros((buckets[-1], *shape), np.uint8)
+        self._sessions, self._gpu, self._graphs, self._memory = dict(sessions), gpu, graphs, memory
+        self.pixels = np.zeros((max(sessions), *shape), np.uint8)
         self._locked = cuda.page_lock(self.pixels)
-        self._slots = {bucket: self._slot(bucket, tuple(shape), classes) for bucket in buckets}
-        self._shrink = ort.RunOptions()
-        self._shrink.add_run_config_entry(_SHRINK_ARENA, f"gpu:{gpu}")
+        self._slots = {bucket: self._slot(bucket, tuple(shape), classes) for bucket in sessions}
+        self._home = ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{gpu}")
+        self._begun: set[int] = set()
+        self._ordinary = ort.RunOptions()
+        # What the first run took goes back: from the second on ONNX Runtime takes one piece, as large as is needed.
+        self._first = ort.RunOptions()
+        self._first.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
+        self._first.add_run_config_entry(_SHRINK_ARENA, f"{_ARENAS.get(memory, memory)}:{gpu}")
 
-    def run(self, bucket: int, *, last_of_warm_up: bool = False) -> Outputs:
-        """See `Runner`. The last run of a warm-up gives back what the search for algorithms took from the arena."""
-        slot = self._slots[bucket]
-        slot.image.update_inplace(self.pixels[:bucket])
-        # A captured graph holds addresses in the arena, so there it may not shrink.
-        shrink = last_of_warm_up and not self._graphs
-        self._session.run_with_iobinding(slot.binding, self._shrink if shrink else slot.options)
-        # Copies from the GPU's memory.
-        return Outputs(slot.logits.numpy(), slot.probabilities.numpy())
+    def run(self, bucket: int) -> Outputs:
+        """See `Runner`."""
+        return self._home.submit(self._run, bucket, self._slots[bucket]).result()
 
     def close(self) -> None:
         """See `Runner`."""
-        self._slots.clear()
-        self._session = None
-        if self._locked:
-            cuda.page_unlock(self.pixels)
-            self._locked = False
+        self._home.shutdown(wait=False)
+        with capture.GPUS.together():  # what goes gives memory back
+            self._slots.clear()
+            self._sessions.clear()
+            if self._locked:
+                cuda.page_unlock(self.pixels)
+                self._locked = False
+
+    def _run(self, bucket: int, slot: _Slot) -> Outputs:
+        if bucket not in self._begun:
+            # It compiles, which takes seconds, and that is no part of the graph: others need not wait for it.
+            with capture.GPUS.together():
+                outputs = self._once(bucket, slot, self._first)
+            if self._graphs:
+                with capture.GPUS.alone():
+                    outputs = self._once(bucket, slot, self._ordinary)
+            self._begun.add(bucket)
+            return outputs
+        with capture.GPUS.together():
+            return self._once(bucket, slot, self._ordinary)
+
+    def _once(self, bucket: int, slot: _Slot, options: Any) -> Outputs:
+        slot.image.update_inplace(self.pixels[:bucket])
+        self._sessions[bucket].run_with_iobinding(slot.binding, options)
+        # Copies from the GPU's memory.
+        return Outputs(slot.logits.numpy(), slot.probabilities.numpy())
 
     def _slot(self, bucket: int, shape: tuple[int, ...], classes: int) -> _Slot:
         def buffer(wanted: tuple[int, ...], kind: type[np.generic]) -> Any:
@@ -136,11 +158,8 @@ class CudaRunner:
 
         image = buffer((bucket, *shape), np.uint8)
         logits, probabilities = buffer((bucket, classes), np.float32), buffer((bucket, classes), np.float32)
-        binding = self._session.io_binding()
+        binding = self._sessions[bucket].io_binding()
         binding.bind_ortvalue_input(INPUT_NAME, image)
         binding.bind_ortvalue_output(LOGITS_NAME, logits)
         binding.bind_ortvalue_output(PROBABILITIES_NAME, probabilities)
-        options = ort.RunOptions()
-        if self._graphs:
-            options.add_run_config_entry(_GRAPH_ID, str(bucket))
-        return _Slot(image, logits, probabilities, binding, options)
+        return _Slot(image, logits, probabilities, binding)

@@ -18,6 +18,7 @@ from service.engine import Engine, Outputs
 from service.errors import DeviceLostError, ExpiredError
 from service.latency import LatencyTable
 from service.preprocess import Pixels
+from service.providers import GPU_PROVIDERS
 from service.schedule import Part
 
 ModelBatcher = Batcher[Pixels, Outputs]
@@ -165,6 +166,8 @@ def load(
         raise
     buckets = engines[0].buckets
     table = LatencyTable(buckets, engines[0].measured_s)
+    if engines[0].provider in GPU_PROVIDERS:  # there a batch may have to wait while another model's graph is captured
+        in_turn_s = 0.0
     in_turn = max((bucket for bucket in buckets if table.mean_s(bucket) < in_turn_s), default=0)
     while in_turn == buckets[-1] and len(engines) > 1:  # no batch is left for the others
         engines.pop().close()

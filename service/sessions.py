@@ -31,13 +31,15 @@ _GRAPH_REFUSED = ("graph capture", "cuda graph", "cuda_graph")
 class Loaded:
     """A model in memory.
 
-    `sessions`: one for each GPU, else a single one that all executors share: ONNX Runtime's sessions may run on
-    several threads, and the weights are held once. `nodes`: how many nodes of the graph each provider took.
+    `session`: on a CPU all executors share it: ONNX Runtime's sessions may run on several threads, and the weights are
+    held once. `on_gpus`: for each GPU its session for every batch size (`session` is one of them). `nodes`: how many
+    nodes of the graph each provider took.
     """
 
-    sessions: tuple[Any, ...]
+    session: Any
     plan: Plan
     nodes: Mapping[str, int]
+    on_gpus: tuple[Mapping[int, Any], ...] = ()
     graphs: bool = False
 
 
@@ -72,7 +74,7 @@ def load(
         version: the verified version.
         variant: file name of the variant.
         plan: provider, threads, GPUs.
-        buckets: batch sizes that will run; TensorRT compiles for them.
+        buckets: batch sizes that will run on GPUs; TensorRT compiles for them.
         engine_cache: directory for compiled TensorRT engines; None caches nothing.
 
     Raises:
@@ -84,26 +86,38 @@ def load(
         options: dict[str, str] = dict(plan.options)
         if plan.provider == OPENVINO:
             options = {"load_config": providers.openvino_config(plan)}
-        sessions: tuple[Any, ...] = (_open(path, plan, options),)
-        graphs = False
+        loaded = _loaded(_open(path, plan, options), plan)
     else:
         _preload_cuda()
-        sessions, graphs = _open_gpus(version, path, plan, buckets, engine_cache)
-    first = sessions[0]
-    artifact.check_signature(version.manifest, _signature(first, "inputs"), _signature(first, "outputs"))
-    return Loaded(sessions, plan, _nodes(first), graphs)
+        on_gpus, graphs = _open_gpus(version, path, plan, buckets, engine_cache)
+        loaded = _loaded(on_gpus[0][buckets[0]], plan, on_gpus, graphs=graphs)
+    inputs, outputs = (_signature(loaded.session, side) for side in ("inputs", "outputs"))
+    artifact.check_signature(version.manifest, inputs, outputs)
+    return loaded
+
+
+def _loaded(session: Any, plan: Plan, on_gpus: tuple[Mapping[int, Any], ...] = (), *, graphs: bool = False) -> Loaded:
+    return Loaded(session, plan, _nodes(session), on_gpus, graphs)
 
 
 def _open_gpus(
     version: ModelVersion, path: Path, plan: Plan, buckets: Sequence[int], engine_cache: Path | None
-) -> tuple[tuple[Any, ...], bool]:
-    """One session for each GPU, with CUDA graphs where the model allows them."""
+) -> tuple[tuple[Mapping[int, Any], ...], bool]:
+    """Sessions for each GPU, with CUDA graphs where the model allows them.
 
-    def opened(*, graphs: bool) -> tuple[Any, ...]:
-        return tuple(
-            _open(path, plan, _gpu_options(version, plan, gpu, buckets, engine_cache, graphs=graphs))
-            for gpu in plan.gpus
-        )
+    TensorRT's is compiled for all batch sizes. With CUDA each has one of its own: a convolution keeps the plan of cuDNN
+    for one shape, and makes it anew when another one comes (`conv.cc`; microsoft/onnxruntime#23006 measures that as 15
+    times slower), and what is captured may not outlive it.
+    """
+
+    def opened_on(gpu: int, *, graphs: bool) -> Mapping[int, Any]:
+        options = _gpu_options(version, plan, gpu, buckets, engine_cache, graphs=graphs)
+        if plan.provider == CUDA:
+            return {bucket: _open(path, plan, options) for bucket in buckets}
+        return dict.fromkeys(buckets, _open(path, plan, options))
+
+    def opened(*, graphs: bool) -> tuple[Mapping[int, Any], ...]:
+        return tuple(opened_on(gpu, graphs=graphs) for gpu in plan.gpus)
 
     with _progress(plan.provider, path):
         # As settings files may write it: 1, true.

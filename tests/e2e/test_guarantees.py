@@ -120,7 +120,7 @@ async def test_a_session_starts_the_threads_it_is_granted_and_no_more(tmp_path, 
 
     # The thread that made the session may take a moment to leave.
     await eventually(lambda: len(threads() - before) == cpus - 1)
-    assert loaded.sessions
+    assert loaded.session
 
 
 def threads():

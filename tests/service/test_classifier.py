@@ -1,6 +1,7 @@
 """One request from bytes to answers: neighbours, chunks, deadlines, and nothing left behind."""
 
 import asyncio
+import threading
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.preprocess import Limits
+from service.providers import CPU, CUDA, TENSORRT
 
 BROKEN = b"\x89PNG\r\n\x1a\nnot really"
 
@@ -235,6 +237,25 @@ async def test_a_tiny_model_runs_in_turn_what_one_turn_brings(tmp_path):
         value = bench.metrics.registry.get_sample_value
         assert value("convoy_images_total", {"model": "grey", "outcome": "classified"}) == 3
         assert winners(await bench.ask([toys.grey_png(n) for n in range(40)])) == list(range(40))
+
+
+@pytest.mark.parametrize(("provider", "on_loop"), [(CPU, True), (CUDA, False), (TENSORRT, False)])
+async def test_no_batch_on_a_gpu_runs_on_the_event_loop(tmp_path, provider, on_loop):
+    """It may have to wait while the graph of another model is captured."""
+    ran_on = []
+
+    class Somewhere(toys.ToyEngine):
+        def infer(self, chunks):
+            ran_on.append(threading.get_ident())
+            return super().infer(chunks)
+
+    engine = Somewhere(classes=256)
+    engine.provider = provider
+    async with classifying(tmp_path, engine, in_turn_s=60.0) as bench:
+        ran_on.clear()
+        await bench.ask([toys.grey_png(1)])
+
+    assert [thread == threading.get_ident() for thread in ran_on] == [on_loop]
 
 
 async def test_an_engine_failure_reaches_its_callers_and_not_the_next(bench):

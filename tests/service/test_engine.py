@@ -12,7 +12,7 @@ from variants import CLASSES, huge, levels_image, version_with
 from service import engine, providers, sessions
 from service.engine import OrtEngine, Outputs
 from service.errors import ArtifactError, DeviceLostError, EngineError, OutOfMemoryError, ProviderError
-from service.providers import CPU, CUDA, OPENVINO, Plan
+from service.providers import CPU, CUDA, OPENVINO, TENSORRT, Plan
 
 # As ONNX Runtime 1.31 and CUDA write them.
 OUT_OF_MEMORY = (
@@ -46,7 +46,7 @@ class Runner:
         self.closed = False
         self._fail = fail
 
-    def run(self, bucket, *, last_of_warm_up=False):
+    def run(self, bucket):
         self.ran.append(bucket)
         error = self._fail(bucket)
         if error is not None:
@@ -104,7 +104,7 @@ def test_executors_share_a_session_and_run_at_the_same_time(version):
     plan = providers.cpu_plan(3)
     loaded = sessions.load(version, "model.onnx", plan, (1, 4))
     engines = engine.executors(version, loaded, "model.onnx", (1, 4))
-    assert len(loaded.sessions) == 1
+    assert not loaded.on_gpus
     assert len(engines) == 3
     wrong = []
 
@@ -130,10 +130,10 @@ def test_warm_up_runs_and_measures_every_bucket(version):
         assert all(seconds > 0 for seconds in one.measured_s.values())
 
 
-def test_warm_up_captures_before_it_measures_and_ends_by_shrinking():
+def test_warm_up_captures_before_it_measures():
     runner = Runner(2)
     toy(runner, (1, 2)).warm_up()
-    assert runner.ran == [2, 2, 2, 2, 1, 1, 1, 1, 1]
+    assert runner.ran == [2, 2, 2, 2, 1, 1, 1, 1]
 
 
 def test_on_the_cpu_provider_one_executor_warms_up_for_all():
@@ -141,7 +141,7 @@ def test_on_the_cpu_provider_one_executor_warms_up_for_all():
     engines = [OrtEngine(runner, Plan(CPU, 1, 2), "model.onnx", (1, 2, 3, 4, 5)) for runner in runners]
     engine.warm_up(engines)
     # The largest for its memory only; quick ones are timed twice.
-    assert runners[0].ran == [5, 4, 4, 2, 2, 1, 1, 1]
+    assert runners[0].ran == [5, 4, 4, 2, 2, 1, 1]
     assert runners[1].ran == []
     measured_s = engines[0].measured_s
     assert measured_s[3] == pytest.approx((measured_s[2] + measured_s[4]) / 2)
@@ -153,8 +153,8 @@ def test_on_openvino_one_executor_warms_up_and_each_stream_runs_once():
     runners = [Runner(3), Runner(3), Runner(3)]
     engines = [OrtEngine(runner, Plan(OPENVINO, 1, 3), "model.onnx", (1, 2, 3)) for runner in runners]
     engine.warm_up(engines)
-    # Each size once because it may compile, then twice to be timed; the smallest ends the warm-up.
-    assert [runner.ran for runner in runners] == [[3, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1], [1], [1]]
+    # Each size once because it may compile, then twice to be timed.
+    assert [runner.ran for runner in runners] == [[3, 3, 3, 2, 2, 2, 1, 1, 1, 1], [1], [1]]
     assert {id(one.measured_s) for one in engines} == {id(engines[0].measured_s)}
     assert set(engines[0].measured_s) == {1, 2, 3}
 
@@ -163,7 +163,7 @@ def test_a_single_bucket_is_measured_on_the_cpu_provider_too():
     runner = Runner(1)
     one = OrtEngine(runner, Plan(CPU, 1, 1), "model.onnx", (1,))
     engine.warm_up([one])
-    assert runner.ran == [1, 1, 1, 1]
+    assert runner.ran == [1, 1, 1]
     assert one.measured_s[1] > 0
 
 
@@ -263,3 +263,42 @@ def test_a_broken_graph_is_the_artifact_s_fault(tmp_path):
 def test_a_provider_that_does_not_come_up_is_never_replaced_in_silence(version):
     with pytest.raises(ProviderError, match="CUDAExecutionProvider"):
         engine.build(version, Plan(CUDA, 1, gpus=(0,)), 2)
+
+
+@pytest.mark.parametrize(("provider", "each"), [(CUDA, 3), (TENSORRT, 1)])
+def test_with_cuda_each_batch_size_has_a_session_of_its_own(version, monkeypatch, provider, each):
+    """Its convolutions keep the plan of one shape; TensorRT compiles for all of them."""
+    on_cpu, opened = sessions._open, []  # noqa: SLF001
+
+    def as_if_on_gpu(path, plan, options):
+        opened.append((options["device_id"], options.get("enable_cuda_graph")))
+        return on_cpu(path, providers.cpu_plan(1), {})
+
+    monkeypatch.setattr(sessions, "_open", as_if_on_gpu)
+    monkeypatch.setattr(sessions, "_preload_cuda", lambda: None)
+    loaded = sessions.load(version, "model.onnx", Plan(provider, 1, gpus=(0, 1)), (1, 2, 4))
+
+    graphs = "1" if provider == CUDA else None
+    assert opened == [("0", graphs)] * each + [("1", graphs)] * each
+    assert loaded.graphs == (provider == CUDA)
+    for on_gpu in loaded.on_gpus:
+        assert tuple(on_gpu) == (1, 2, 4)
+        assert len(set(map(id, on_gpu.values()))) == each
+    assert loaded.session is loaded.on_gpus[0][1]
+
+
+def test_a_model_whose_graph_cannot_be_captured_runs_without(version, monkeypatch):
+    on_cpu, opened = sessions._open, []  # noqa: SLF001
+
+    def as_if_on_gpu(path, plan, options):
+        opened.append(options["enable_cuda_graph"])
+        if options["enable_cuda_graph"] == "1":
+            raise ProviderError("This session cannot use the graph capture feature as requested by the user")
+        return on_cpu(path, providers.cpu_plan(1), {})
+
+    monkeypatch.setattr(sessions, "_open", as_if_on_gpu)
+    monkeypatch.setattr(sessions, "_preload_cuda", lambda: None)
+    loaded = sessions.load(version, "model.onnx", Plan(CUDA, 1, gpus=(0,)), (1, 2))
+
+    assert opened == ["1", "0", "0"]
+    assert not loaded.graphs

@@ -1,11 +1,14 @@
 """Runners on real sessions. The one for GPUs runs here with its buffers in the CPU's memory: the same calls."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from toys import grey_outputs
+from toys import TIMEOUT_S, grey_outputs
 from variants import CLASSES, levels_image, version_with
 
-from service import providers, sessions
+from service import capture, providers, sessions
 from service.runners import CudaRunner, HostRunner
 
 BUCKETS = (1, 2, 4)
@@ -18,12 +21,12 @@ def version(tmp_path):
 
 @pytest.fixture
 def session(version):
-    return sessions.load(version, "model.onnx", providers.cpu_plan(1), BUCKETS).sessions[0]
+    return sessions.load(version, "model.onnx", providers.cpu_plan(1), BUCKETS).session
 
 
 def cuda_runner(session, version, *, graphs):
     shape = version.manifest.input.shape
-    return CudaRunner(session, 0, BUCKETS, shape, CLASSES, graphs=graphs, memory="cpu")
+    return CudaRunner(dict.fromkeys(BUCKETS, session), 0, shape, CLASSES, graphs=graphs, memory="cpu")
 
 
 def check(runner, version, levels):
@@ -48,8 +51,126 @@ def test_every_bucket_has_buffers_of_its_own_that_are_filled_anew(session, versi
         check(runner, version, levels)
 
 
-def test_a_closed_runner_holds_nothing(session, version):
-    runner = cuda_runner(session, version, graphs=False)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_closed_runner_holds_nothing(session, version, graphs):
+    runner = cuda_runner(session, version, graphs=graphs)
     runner.close()
     with pytest.raises(KeyError):
         runner.run(1)
+
+
+class Watched:
+    """A real session whose runs are written down: thread, what it was asked for the graph, and for the arena."""
+
+    def __init__(self, session, in_run=lambda _graph: None):
+        self._session, self._in_run, self.runs = session, in_run, []
+
+    def io_binding(self):
+        return self._session.io_binding()
+
+    def run_with_iobinding(self, binding, options):
+        graph, arena = (entry(options, name) for name in ("gpu_graph_id", "memory.enable_memory_arena_shrinkage"))
+        self.runs.append((threading.get_ident(), graph, arena))
+        self._in_run(graph)
+        self._session.run_with_iobinding(binding, options)
+
+
+def entry(options, name):
+    try:
+        return options.get_run_config_entry(name)
+    except RuntimeError:
+        return ""
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_every_batch_runs_on_one_thread_whoever_asks(session, version, graphs):
+    """ONNX Runtime keeps graphs for each thread: on another one the first request of a size would pay for a capture."""
+    by_size = {bucket: Watched(session) for bucket in BUCKETS}
+    runner = CudaRunner(by_size, 0, version.manifest.input.shape, CLASSES, graphs=graphs, memory="cpu")
+    with ThreadPoolExecutor(1) as warm_up, ThreadPoolExecutor(1) as owner:
+        for bucket in BUCKETS:
+            warm_up.submit(runner.run, bucket).result()
+        owner.submit(runner.run, 2).result()
+        runner.run(4)
+    # Without a graph at first, then one that is captured, then replayed.
+    begun = [("-1", "cpu:0"), *[("", "")] * graphs]
+    assert [run[1:] for run in by_size[1].runs] == begun
+    for bucket in (2, 4):
+        assert [run[1:] for run in by_size[bucket].runs] == [*begun, ("", "")]
+    threads = {run[0] for watched in by_size.values() for run in watched.runs}
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    runner.close()
+
+
+def test_nothing_else_runs_on_a_gpu_while_a_graph_is_captured(session, version):
+    """In CUDA's global mode both would fail."""
+    capturing, go_on, compiled = threading.Event(), threading.Event(), threading.Event()
+
+    def in_run(graph):
+        if graph:
+            compiled.wait(TIMEOUT_S)
+        else:
+            capturing.set()
+            assert go_on.wait(TIMEOUT_S)
+
+    neighbour = Watched(session)
+    served = cuda_runner(neighbour, version, graphs=False)
+    loading = cuda_runner(Watched(session, in_run), version, graphs=True)
+    with ThreadPoolExecutor(3) as pool:
+        warm_up = pool.submit(loading.run, 4)
+        pool.submit(served.run, 1).result(TIMEOUT_S)  # what is compiled disturbs nobody
+        compiled.set()
+        assert capturing.wait(TIMEOUT_S)
+        neighbour.runs.clear()
+        request, release = pool.submit(served.run, 1), pool.submit(cuda_runner(session, version, graphs=False).close)
+        threading.Event().wait(0.1)
+        assert not neighbour.runs
+        assert not release.done()
+        go_on.set()
+        warm_up.result(TIMEOUT_S)
+        request.result(TIMEOUT_S)
+        release.result(TIMEOUT_S)
+    loading.close()
+
+
+def test_who_wants_to_be_alone_is_let_in_before_those_who_came_later():
+    gate, order = capture.Gate(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first():
+        with gate.together():
+            inside.set()
+            assert leave.wait(TIMEOUT_S)
+            order.append("first")
+
+    def alone():
+        with gate.alone():
+            order.append("alone")
+
+    def late():
+        with gate.together():
+            order.append("late")
+
+    def waiting(count):
+        while gate._waiting < count:  # noqa: SLF001
+            pass
+
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(first)]
+        assert inside.wait(TIMEOUT_S)
+        futures.append(pool.submit(alone))
+        waiting(1)
+        futures.append(pool.submit(late))
+        leave.set()
+        for future in futures:
+            future.result(TIMEOUT_S)
+    assert order == ["first", "alone", "late"]
+
+
+def test_a_capture_that_fails_lets_the_others_in_again():
+    gate = capture.Gate()
+    with pytest.raises(ValueError, match="lost"), gate.alone():
+        raise ValueError("lost")
+    with gate.together(), gate.together():
+        pass
