@@ -1,12 +1,13 @@
 """What has to be asked of NVIDIA's libraries directly: which GPUs there are, which TensorRT, and page-locked memory.
 
 Through `ctypes`, so that a machine without them pays nothing and needs no package. Sources: CUDA driver API
-(`cuInit`, `cuDeviceGetCount`, `cuDeviceGetName`, `cuDeviceGetAttribute`), CUDA runtime API (`cudaHostRegister`),
-TensorRT (`getInferLibVersion`).
+(`cuInit`, `cuDeviceGetCount`, `cuDeviceGetName`, `cuDeviceGetAttribute`), CUDA runtime API (`cudaSetDevice`,
+`cudaHostRegister`), TensorRT (`getInferLibVersion`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
@@ -59,6 +60,20 @@ def tensorrt_version(load: Load = ctypes.CDLL) -> str:
         return ""
     # Since TensorRT 10: 10000 * major + 100 * minor + patch.
     return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+
+
+def select(gpu: int, load: Load = ctypes.CDLL) -> bool:
+    """Makes a GPU the one that the calling thread talks to.
+
+    ONNX Runtime's TensorRT provider runs on whichever that is, and fails if it is not the one it was made for.
+
+    Returns:
+        Whether it worked. If not, what runs next says why.
+    """
+    for name in _RUNTIMES:
+        with contextlib.suppress(OSError):
+            return bool(load(name).cudaSetDevice(gpu) == _SUCCESS)
+    return False
 
 
 def page_lock(array: NDArray[np.uint8], load: Load = ctypes.CDLL) -> bool:

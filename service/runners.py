@@ -85,8 +85,8 @@ class CudaRunner:
     All batches run on a thread that the runner keeps, whoever asks. With `graphs`, the kernels of a bucket are captured
     into a CUDA graph when it first runs, in the warm-up, and replayed by a single launch afterwards: ONNX Runtime keeps
     them for the thread that they were captured on, and would capture again, while a request waits, on each other one
-    (`GetPerThreadContext` in `cuda_execution_provider.cc`). And a thread that talks to one GPU only never leaves the
-    wrong one selected.
+    (`GetPerThreadContext` in `cuda_execution_provider.cc`). And TensorRT's provider does not select its GPU when it
+    runs.
 
     Args:
         sessions: by batch size; several sizes may have the same one if no graphs are used.
@@ -111,7 +111,7 @@ class CudaRunner:
         self.pixels = np.zeros((max(sessions), *shape), np.uint8)
         self._locked = cuda.page_lock(self.pixels)
         self._slots = {bucket: self._slot(bucket, tuple(shape), classes) for bucket in sessions}
-        self._home = ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{gpu}")
+        self._home = ThreadPoolExecutor(1, f"gpu-{gpu}", initializer=cuda.select, initargs=(gpu,))
         self._begun: set[int] = set()
         self._ordinary = ort.RunOptions()
         # What the first run took goes back: from the second on ONNX Runtime takes one piece, as large as is needed.

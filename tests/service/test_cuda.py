@@ -41,6 +41,10 @@ class Runtime:
         self.pinned = {}
         self.status = status
 
+    def cudaSetDevice(self, gpu):  # noqa: N802
+        self.selected = gpu
+        return self.status
+
     def cudaHostRegister(self, pointer, size, flags):  # noqa: N802
         self.pinned[pointer.value] = (size.value, flags)
         return self.status
@@ -90,6 +94,14 @@ def test_tensorrt_s_version(number, version):
 
 def test_no_tensorrt():
     assert cuda.tensorrt_version(loads()) == ""
+
+
+def test_a_thread_s_gpu_is_selected():
+    runtime = Runtime()
+    assert cuda.select(1, loads(libcudart=runtime))
+    assert runtime.selected == 1
+    assert not cuda.select(1, loads(libcudart=Runtime(status=100)))
+    assert not cuda.select(1, loads())
 
 
 def test_pages_are_locked_and_unlocked():

@@ -82,6 +82,16 @@ def entry(options, name):
         return ""
 
 
+def test_the_thread_talks_to_the_gpu_of_its_sessions(session, version, monkeypatch):
+    selected = []
+    monkeypatch.setattr("service.cuda.select", lambda gpu: selected.append((gpu, threading.get_ident())))
+    watched = Watched(session)
+    runner = CudaRunner({1: watched}, 0, version.manifest.input.shape, CLASSES, graphs=False, memory="cpu")
+    runner.run(1)
+    runner.run(1)
+    assert selected == [(0, watched.runs[0][0])]
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_batch_runs_on_one_thread_whoever_asks(session, version, graphs):
     """ONNX Runtime keeps graphs for each thread: on another one the first request of a size would pay for a capture."""
