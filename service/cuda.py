@@ -2,7 +2,7 @@
 
 Through `ctypes`, so that a machine without them pays nothing and needs no package. Sources: CUDA driver API
 (`cuInit`, `cuDeviceGetCount`, `cuDeviceGetName`, `cuDeviceGetAttribute`), CUDA runtime API (`cudaSetDevice`,
-`cudaHostRegister`), TensorRT (`getInferLibVersion`).
+`cudaHostRegister`, `cudaGetLastError`), TensorRT (`getInferLibVersion`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,8 @@ from numpy.typing import NDArray
 
 _DRIVER = "libcuda.so.1"
 _RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
-_TENSORRT = "libnvinfer.so.10"
+# ONNX Runtime's provider is linked to both.
+_TENSORRT, _TENSORRT_PARSER = "libnvinfer.so.10", "libnvonnxparser.so.10"
 
 _SUCCESS = 0
 _NAME_BYTES = 256
@@ -55,6 +58,7 @@ def devices(load: Load = ctypes.CDLL) -> tuple[Gpu, ...]:
 def tensorrt_version(load: Load = ctypes.CDLL) -> str:
     """Version of the TensorRT library that ONNX Runtime would load, such as "10.13.3"; empty if there is none."""
     try:
+        load(_TENSORRT_PARSER)
         number = int(load(_TENSORRT).getInferLibVersion())
     except (OSError, AttributeError):
         return ""
@@ -72,8 +76,15 @@ def select(gpu: int, load: Load = ctypes.CDLL) -> bool:
     """
     for name in _RUNTIMES:
         with contextlib.suppress(OSError):
-            return bool(load(name).cudaSetDevice(gpu) == _SUCCESS)
+            runtime = load(name)
+            return _worked(runtime, runtime.cudaSetDevice(gpu))
     return False
+
+
+def pages(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Zeros uint8 on memory pages of their own: pages that are shared with other data may not be locked twice."""
+    size = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8, size).reshape(shape)
 
 
 def page_lock(array: NDArray[np.uint8], load: Load = ctypes.CDLL) -> bool:
@@ -83,29 +94,33 @@ def page_lock(array: NDArray[np.uint8], load: Load = ctypes.CDLL) -> bool:
         Whether it worked. If not, copies are slower and everything else is the same.
     """
     for name in _RUNTIMES:
-        try:
+        with contextlib.suppress(OSError):
             runtime = load(name)
-        except OSError:
-            continue
-        pointer, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
-        return bool(runtime.cudaHostRegister(pointer, size, _HOST_REGISTER_PORTABLE) == _SUCCESS)
+            pointer, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+            return _worked(runtime, runtime.cudaHostRegister(pointer, size, _HOST_REGISTER_PORTABLE))
     return False
 
 
 def page_unlock(array: NDArray[np.uint8], load: Load = ctypes.CDLL) -> None:
     """Undoes `page_lock`."""
     for name in _RUNTIMES:
-        try:
-            load(name).cudaHostUnregister(ctypes.c_void_p(array.ctypes.data))
-        except OSError:
-            continue
-        return
+        with contextlib.suppress(OSError):
+            runtime = load(name)
+            _worked(runtime, runtime.cudaHostUnregister(ctypes.c_void_p(array.ctypes.data)))
+            return
 
 
 @functools.cache
 def visible() -> tuple[Gpu, ...]:
     """`devices` of this process, asked once."""
     return devices()
+
+
+def _worked(runtime: Any, status: int) -> bool:
+    """Whether a call did. If not, its error is forgotten, or the thread's next kernel would be blamed for it."""
+    if status != _SUCCESS:
+        runtime.cudaGetLastError()
+    return status == _SUCCESS
 
 
 def _describe(driver: Any, index: int) -> Gpu:

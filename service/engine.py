@@ -6,6 +6,7 @@ alone: `service.sessions` loads, `service.runners` runs, `service.openvino` regi
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,10 @@ from service.runners import CudaRunner, HostRunner, Outputs, Runner
 from service.sessions import Loaded
 
 __all__ = ["Engine", "OrtEngine", "Outputs", "build", "executors", "side_by_side", "warm_up"]
+
+# Set when nothing more can run on a GPU in this process.
+GPU_LOST = threading.Event()
+_kept: list[Runner] = []
 
 # A batch that is this quick is measured twice, and the better time counts.
 _QUICK_S = 0.02
@@ -142,8 +147,15 @@ class OrtEngine:
         self._run(self.buckets[0])
 
     def close(self) -> None:
-        """Drops the buffers and the session; its memory is freed with the last executor that shares it."""
-        self._runner.close()
+        """Drops the buffers and the session; its memory is freed with the last executor that shares it.
+
+        After a GPU was lost nothing is: what it held cannot be given back, and ONNX Runtime ends a process that tries
+        (`CudaGraphSet` throws in its destructor).
+        """
+        if self.provider in GPU_PROVIDERS and GPU_LOST.is_set():
+            _kept.append(self._runner)
+        else:
+            self._runner.close()
 
     def _timed(self, bucket: int) -> float:
         """Seconds of a batch on a machine that has nothing else to do: what it cost, where the caller's thread paid.
@@ -166,6 +178,7 @@ class OrtEngine:
             meant = faults.translate(error)
             if isinstance(meant, DeviceLostError):
                 self._lost = str(meant)
+                GPU_LOST.set()
             raise meant from error
         return Outputs(logits[:count], probabilities[:count])
 
@@ -208,16 +221,16 @@ def build(
 def executors(version: ModelVersion, loaded: Loaded, variant: str, buckets: Sequence[int]) -> list[OrtEngine]:
     """The executors of a loaded model: one for each GPU, or as many as the plan says on one shared session."""
     plan, shape, classes = loaded.plan, version.manifest.input.shape, len(version.manifest.classes)
-    runners: list[Runner]
+    runners: list[Runner] = []
     try:
         if plan.provider in GPU_PROVIDERS:
-            runners = [
-                CudaRunner(on_gpu, gpu, shape, classes, graphs=loaded.graphs)
-                for on_gpu, gpu in zip(loaded.on_gpus, plan.gpus, strict=True)
-            ]
+            for gpu, on_gpu in zip(plan.gpus, loaded.on_gpus, strict=True):
+                runners.append(CudaRunner(on_gpu.sessions, gpu, shape, classes, plain=on_gpu.plain))
         else:
-            runners = [HostRunner(loaded.session, buckets[-1], shape) for _ in range(plan.executors)]
+            runners.extend(HostRunner(loaded.session, buckets[-1], shape) for _ in range(plan.executors))
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
+        for runner in runners:
+            runner.close()
         raise faults.translate(error) from error
     return [OrtEngine(runner, plan, variant, buckets) for runner in runners]
 

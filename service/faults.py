@@ -11,24 +11,31 @@ import re
 
 from service.errors import DeviceLostError, EngineError, OutOfMemoryError
 
-# Errors after which CUDA says that the context cannot be used any more: the process has to be restarted.
-_STICKY = frozenset({
-    214,  # cudaErrorECCUncorrectable
-    220,  # cudaErrorNvlinkUncorrectable
-    700,  # cudaErrorIllegalAddress
-    702,  # cudaErrorLaunchTimeout
-    709,  # cudaErrorContextIsDestroyed
-    710,  # cudaErrorAssert
-    714,  # cudaErrorHardwareStackError
-    715,  # cudaErrorIllegalInstruction
-    716,  # cudaErrorMisalignedAddress
-    717,  # cudaErrorInvalidAddressSpace
-    718,  # cudaErrorInvalidPc
-    719,  # cudaErrorLaunchFailure
-    721,  # cudaErrorContained
-    999,  # cudaErrorUnknown
-})  # fmt: skip
-_CUDA_FAILURE = re.compile(r"CUDA(?: failure| error) (\d+)", re.IGNORECASE)
+# Errors after which CUDA says that the process has to be restarted (`driver_types.h`). ONNX Runtime writes the number,
+# or after a kernel the name.
+_STICKY = {
+    214: "cudaErrorECCUncorrectable",
+    220: "cudaErrorNvlinkUncorrectable",
+    226: "cudaErrorContained",  # 721 before CUDA 13
+    700: "cudaErrorIllegalAddress",
+    702: "cudaErrorLaunchTimeout",
+    709: "cudaErrorContextIsDestroyed",
+    710: "cudaErrorAssert",
+    714: "cudaErrorHardwareStackError",
+    715: "cudaErrorIllegalInstruction",
+    716: "cudaErrorMisalignedAddress",
+    717: "cudaErrorInvalidAddressSpace",
+    718: "cudaErrorInvalidPc",
+    719: "cudaErrorLaunchFailure",
+    721: "cudaErrorTensorMemoryLeak",
+    810: "cudaErrorMpsClientTerminated",
+    911: "cudaErrorExternalDevice",
+    999: "cudaErrorUnknown",
+}
+_STICKY_CODES = {*map(str, _STICKY), *_STICKY.values()}
+_CUDA_FAILURE = re.compile(r"CUDA (?:failure|error) (\d+|cudaError\w+)", re.IGNORECASE)
+# CUDA's errors of a capture have numbers from 900 to 908; the rest is the session's.
+_NO_CAPTURE = re.compile(r"CUDA (?:failure|error) (?:90[0-8]|cudaErrorStreamCapture\w*)|graph capture", re.IGNORECASE)
 _STICKY_WORDS = (
     "illegal memory access",
     "unspecified launch failure",
@@ -43,7 +50,9 @@ _MEMORY_WORDS = (
     "failed to allocate memory",  # BFCArena::AllocateRawInternal
     "out of memory",  # CUDA failure 2, and TensorRT
     "smaller than requested bytes",  # the arena's own limit, gpu_mem_limit
-    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, and CUDNN_STATUS_ALLOC_FAILED before cuDNN 9
+    "allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "resource allocation failed",  # cublasGetStatusString
     "bad_alloc",
     "bad allocation",
     "outofmemory",
@@ -62,8 +71,14 @@ def translate(error: Exception) -> EngineError:
     lowered = text.lower()
     message = " ".join(text.split())[:_MESSAGE_CHARS]
     # A lost device can also be found by an allocation: what is worse is asked first.
-    if any(int(code) in _STICKY for code in _CUDA_FAILURE.findall(text)) or any(w in lowered for w in _STICKY_WORDS):
+    codes = _STICKY_CODES.intersection(_CUDA_FAILURE.findall(text))
+    if codes or any(word in lowered for word in _STICKY_WORDS):
         return DeviceLostError(f"the device is lost until this process is restarted: {message}")
     if isinstance(error, MemoryError) or any(word in lowered for word in _MEMORY_WORDS):
         return OutOfMemoryError(f"the device's memory is exhausted: {message}")
     return EngineError(message)
+
+
+def no_capture(error: Exception) -> bool:
+    """Whether an exception says that the kernels of a model cannot be captured into a CUDA graph."""
+    return _NO_CAPTURE.search(str(error)) is not None

@@ -28,6 +28,11 @@ NAMES: Final[Mapping[str, str]] = MappingProxyType(
 )
 GPU_PROVIDERS = frozenset({TENSORRT, CUDA})
 
+_REFUSED_OPTIONS = {
+    "device_id": "every GPU that CUDA_VISIBLE_DEVICES shows is used",
+    "trt_cuda_graph_enable": "ONNX Runtime has one graph for all batch sizes there, and would answer with old batches",
+}
+
 # Up to here one batch for each CPU; beyond it batches share the CPUs, or each would take too long.
 _MOST_CPU_EXECUTORS = 8
 # Batch sizes between two powers of two, on devices whose time grows with every image.
@@ -152,6 +157,15 @@ def short_name(provider: str) -> str:
     return next((name for name, full in NAMES.items() if full == provider), provider)
 
 
+def check_options(options: Mapping[str, Mapping[str, object]]) -> None:
+    """Raises ValueError if an operator's options, by provider, are of no provider or would break what is built here."""
+    if unknown := sorted(set(options) - set(NAMES)):
+        raise ValueError(f"there is no provider {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+    for name, given in options.items():
+        for key in sorted(set(given) & set(_REFUSED_OPTIONS)):
+            raise ValueError(f"the option {key} of {name} cannot be set: {_REFUSED_OPTIONS[key]}")
+
+
 def session_entries() -> dict[str, str]:
     """Entries of every session's configuration."""
     return {
@@ -170,16 +184,14 @@ def cuda_options(plan: Plan, gpu: int, *, graphs: bool) -> dict[str, str]:
     `gpu_mem_limit=BYTES` (for each batch size) in the settings' `provider_options` change the rest.
     """
     made = {
-        "device_id": str(gpu),
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         "cudnn_conv_use_max_workspace": "1",
         "do_copy_in_default_stream": "1",
         "prefer_nhwc": "1",
         "use_tf32": "1",
-        "enable_cuda_graph": str(int(graphs)),
     }
-    return {**made, **plan.options}
+    return {**made, **plan.options, "device_id": str(gpu), "enable_cuda_graph": str(int(graphs))}
 
 
 def tensorrt_options(
@@ -193,17 +205,16 @@ def tensorrt_options(
         shape: height, width, channels of the input.
         input_name: name of the graph's input.
         buckets: batch sizes, ascending.
-        cache: directory for this model's engine on this GPU (`tensorrt_cache`); its parent keeps the timings that
-            models share. None: nothing is cached.
+        cache: directory for this model's engine on this GPU. None: nothing is cached.
     """
 
     def profile(batch: int) -> str:
         return f"{input_name}:{'x'.join(map(str, (batch, *shape)))}"
 
     made = {
-        "device_id": str(gpu),
         # Unlike the CUDA provider's, these switches are "True" or "False": "1" is an error.
-        "trt_fp16_enable": str(plan.precision == "fp16"),
+        # What an int8 model leaves without scales is quicker in fp16; the canary judges that.
+        "trt_fp16_enable": str(plan.precision in {"fp16", "int8"}),
         "trt_int8_enable": str(plan.precision == "int8"),
         "trt_profile_min_shapes": profile(buckets[0]),
         "trt_profile_opt_shapes": profile(buckets[-1]),
@@ -214,9 +225,9 @@ def tensorrt_options(
             "trt_engine_cache_enable": "True",
             "trt_engine_cache_path": str(cache),
             "trt_timing_cache_enable": "True",
-            "trt_timing_cache_path": str(cache.parent),
+            "trt_timing_cache_path": str(cache),
         }
-    return {**made, **plan.options}
+    return {**made, **plan.options, "device_id": str(gpu)}
 
 
 def tensorrt_cache(

@@ -5,7 +5,7 @@ Each executor has a runner with an input buffer of its own, made at load; the se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -13,8 +13,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service import capture, cuda
+from service import capture, cuda, logs
 from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
+
+_log = logs.get("engine")
 
 # Names the CUDA graph that a run captures or replays; without it there is one for each session and thread.
 _GRAPH_ID = "gpu_graph_id"
@@ -82,7 +84,7 @@ class _Slot(NamedTuple):
 class CudaRunner:
     """For CUDA and TensorRT: pixels are page-locked on the host, and every bucket has its place on the GPU.
 
-    All batches run on a thread that the runner keeps, whoever asks. With `graphs`, the kernels of a bucket are captured
+    All batches run on a thread that the runner keeps, whoever asks. With graphs, the kernels of a bucket are captured
     into a CUDA graph when it first runs, in the warm-up, and replayed by a single launch afterwards: ONNX Runtime keeps
     them for the thread that they were captured on, and would capture again, while a request waits, on each other one
     (`GetPerThreadContext` in `cuda_execution_provider.cc`). And TensorRT's provider does not select its GPU when it
@@ -93,35 +95,43 @@ class CudaRunner:
         gpu: device number.
         shape: height, width, channels.
         classes: K.
-        graphs: the sessions were made to capture graphs.
+        plain: opens a session without graphs, for a batch size whose kernels turn out not to be capturable; None if no
+            session captures.
         memory: where the buffers are, as `onnxruntime.OrtValue` calls it.
     """
 
     def __init__(
         self,
-        sessions: Mapping[int, Any],
+        sessions: dict[int, Any],
         gpu: int,
         shape: Sequence[int],
         classes: int,
         *,
-        graphs: bool,
+        plain: Callable[[], Any] | None = None,
         memory: str = "cuda",
     ) -> None:
-        self._sessions, self._gpu, self._graphs, self._memory = dict(sessions), gpu, graphs, memory
-        self.pixels = np.zeros((max(sessions), *shape), np.uint8)
-        self._locked = cuda.page_lock(self.pixels)
-        self._slots = {bucket: self._slot(bucket, tuple(shape), classes) for bucket in sessions}
-        self._home = ThreadPoolExecutor(1, f"gpu-{gpu}", initializer=cuda.select, initargs=(gpu,))
-        self._begun: set[int] = set()
+        self._sessions, self._gpu, self._memory = sessions, gpu, memory
+        self._shape, self._classes, self._plain = tuple(shape), classes, plain
+        self._uncaptured, self._first = ort.RunOptions(), ort.RunOptions()
         self._ordinary = ort.RunOptions()
         # What the first run took goes back: from the second on ONNX Runtime takes one piece, as large as is needed.
-        self._first = ort.RunOptions()
-        self._first.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
         self._first.add_run_config_entry(_SHRINK_ARENA, f"{_ARENAS.get(memory, memory)}:{gpu}")
+        for options in (self._uncaptured, self._first):
+            options.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
+        self._begun: set[int] = set()
+        self._home = ThreadPoolExecutor(1, f"gpu-{gpu}", initializer=cuda.select, initargs=(gpu,))
+        self._slots: dict[int, _Slot] = {}
+        self.pixels = cuda.pages((max(sessions), *shape))
+        self._locked = cuda.page_lock(self.pixels)
+        try:
+            self._slots.update({bucket: self._slot(bucket) for bucket in sessions})
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, bucket: int) -> Outputs:
         """See `Runner`."""
-        return self._home.submit(self._run, bucket, self._slots[bucket]).result()
+        return self._home.submit(self._run, bucket).result()
 
     def close(self) -> None:
         """See `Runner`."""
@@ -133,31 +143,45 @@ class CudaRunner:
                 cuda.page_unlock(self.pixels)
                 self._locked = False
 
-    def _run(self, bucket: int, slot: _Slot) -> Outputs:
-        if bucket not in self._begun:
-            # It compiles, which takes seconds, and that is no part of the graph: others need not wait for it.
+    def _run(self, bucket: int) -> Outputs:
+        if bucket in self._begun:
             with capture.GPUS.together():
-                outputs = self._once(bucket, slot, self._first)
-            if self._graphs:
-                with capture.GPUS.alone():
-                    outputs = self._once(bucket, slot, self._ordinary)
-            self._begun.add(bucket)
-            return outputs
+                return self._once(bucket, self._ordinary)
+        # It compiles, which takes seconds, and that is no part of the graph: others need not wait for it.
         with capture.GPUS.together():
-            return self._once(bucket, slot, self._ordinary)
+            outputs = self._once(bucket, self._first)
+        if self._plain is not None:
+            outputs = self._capture(bucket, self._plain)
+        self._begun.add(bucket)
+        return outputs
 
-    def _once(self, bucket: int, slot: _Slot, options: Any) -> Outputs:
+    def _capture(self, bucket: int, plain: Callable[[], Any]) -> Outputs:
+        with capture.GPUS.alone():
+            try:
+                return self._once(bucket, self._ordinary)
+            except Exception as error:  # noqa: BLE001  # whatever it was, it happened in a capture, which it ended
+                _log.warning("no CUDA graphs for this model", gpu=self._gpu, batch=bucket, reason=str(error))
+            # Until it is gone its stream captures, and nobody may talk to a GPU.
+            del self._slots[bucket], self._sessions[bucket]
+        self._plain, self._ordinary = None, self._uncaptured
+        with capture.GPUS.together():
+            self._sessions[bucket] = plain()
+            self._slots[bucket] = self._slot(bucket)
+            return self._once(bucket, self._first)
+
+    def _once(self, bucket: int, options: Any) -> Outputs:
+        slot = self._slots[bucket]
         slot.image.update_inplace(self.pixels[:bucket])
         self._sessions[bucket].run_with_iobinding(slot.binding, options)
         # Copies from the GPU's memory.
         return Outputs(slot.logits.numpy(), slot.probabilities.numpy())
 
-    def _slot(self, bucket: int, shape: tuple[int, ...], classes: int) -> _Slot:
+    def _slot(self, bucket: int) -> _Slot:
         def buffer(wanted: tuple[int, ...], kind: type[np.generic]) -> Any:
             return ort.OrtValue.ortvalue_from_shape_and_type(wanted, kind, self._memory, self._gpu)
 
-        image = buffer((bucket, *shape), np.uint8)
-        logits, probabilities = buffer((bucket, classes), np.float32), buffer((bucket, classes), np.float32)
+        image = buffer((bucket, *self._shape), np.uint8)
+        logits, probabilities = (buffer((bucket, self._classes), np.float32) for _ in range(2))
         binding = self._sessions[bucket].io_binding()
         binding.bind_ortvalue_input(INPUT_NAME, image)
         binding.bind_ortvalue_output(LOGITS_NAME, logits)

@@ -20,6 +20,7 @@ from service.plan_cache import PlanCache, Row, Table
 from service.preprocess import Pixels
 from service.providers import AUTO, CPU, GPU_PROVIDERS, OPENVINO, TENSORRT
 from service.sessions import Loaded
+from service.trial import Passed
 
 _log = logs.get("plan")
 
@@ -61,9 +62,9 @@ class Selector:
         name = plan_cache.key(version, wishes, self._machine)
         engines = self._remembered(version, wishes, name)
         if engines is None:
-            table, loaded = self._measure(version, wishes)
+            table, passed = self._measure(version, wishes)
             self._cache.write(name, table)
-            engines = _executors(version, table, loaded)
+            engines = passed.engines or _executors(version, table, passed.loaded)
             self._tell(version, table, remembered=False)
         engine.warm_up(engines)
         return engines
@@ -78,7 +79,8 @@ class Selector:
         known = None if refresh else self._cache.read(name, wishes.budget_s)
         if known is not None:
             return known, True
-        table, _ = self._measure(version, wishes)
+        table, passed = self._measure(version, wishes)
+        _close(passed)
         self._cache.write(name, table)
         return table, False
 
@@ -101,8 +103,8 @@ class Selector:
 
     # --- measuring
 
-    def _measure(self, version: ModelVersion, wishes: Wishes) -> tuple[Table, Loaded]:
-        """Tries the candidates; gives the table, and the best one loaded."""
+    def _measure(self, version: ModelVersion, wishes: Wishes) -> tuple[Table, Passed]:
+        """Tries the candidates; gives the table, and the best one in memory."""
         began = time.monotonic()
         missing = self._lazily_missing(wishes)
         candidates, left_out = enumerate_candidates(version, wishes, self._machine, missing)
@@ -117,10 +119,14 @@ class Selector:
             more, _ = enumerate_candidates(version, on_cpu, self._machine, missing)
             more_rows, best = self._try_all(version, more, on_cpu, images, began)
             rows = [*rows, *more_rows]
-        self._judge(version, wishes, rows)
+        try:
+            self._judge(version, wishes, rows)
+        except ProviderError:
+            _close(best and best[1])
+            raise
         if best is None:
             raise ArtifactError(f"{version.path} cannot be served: {_reasons(rows)}")
-        chosen, loaded = best
+        chosen, passed = best
         table = Table(
             rows=tuple(row.model_copy(update={"outcome": "chosen"}) if row is chosen else row for row in rows),
             largest_batch=_largest_batch(chosen, wishes),
@@ -128,23 +134,28 @@ class Selector:
             cut_at_s=wishes.budget_s if any(row.note == _spent(wishes) for row in rows) else None,
         )
         resources.trim_memory()
-        return table, loaded
+        return table, passed
 
     def _try_all(
         self, version: ModelVersion, candidates: Sequence[Candidate], wishes: Wishes, images: Pixels, began: float
-    ) -> tuple[list[Row], tuple[Row, Loaded] | None]:
+    ) -> tuple[list[Row], tuple[Row, Passed] | None]:
         """Tries one after the other; only the best so far stays in memory."""
         rows: list[Row] = []
-        best: tuple[Row, Loaded] | None = None
+        best: tuple[Row, Passed] | None = None
         for candidate in candidates:
             reason = self._reason_to_skip(candidate, rows, wishes, time.monotonic() - began)
             if reason:
                 rows.append(trial.row(candidate, outcome="skipped", note=reason))
                 continue
-            row, loaded = trial.run(version, candidate, wishes.max_batch_size, images, self._cache_dir)
+            row, passed = trial.run(version, candidate, wishes.max_batch_size, images, self._cache_dir)
             rows.append(row)
-            if loaded is not None and (best is None or _better(row, best[0])):
-                best = row, loaded
+            if passed is None:
+                continue
+            if best is not None and not _better(row, best[0]):
+                _close(passed)
+                continue
+            _close(best and best[1])
+            best = row, passed
         return rows, best
 
     def _reason_to_skip(self, candidate: Candidate, rows: Sequence[Row], wishes: Wishes, elapsed_s: float) -> str:
@@ -220,6 +231,12 @@ def this_machine() -> Machine:
 def _executors(version: ModelVersion, table: Table, loaded: Loaded) -> list[OrtEngine]:
     buckets = loaded.plan.buckets(table.largest_batch)
     return engine.executors(version, loaded, table.chosen.file, buckets)
+
+
+def _close(passed: Passed | None) -> None:
+    """Lets go of a candidate that will not run."""
+    for one in passed.engines if passed else ():
+        one.close()
 
 
 def _spent(wishes: Wishes) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from service import artifact, cuda, logs, openvino, providers, threads
+from service import artifact, cuda, faults, logs, openvino, providers, threads
 from service.artifact import ModelVersion
 from service.errors import ArtifactError, ProviderError
 from service.providers import CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
@@ -23,24 +26,34 @@ _log = logs.get("engine")
 
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors arrive as exceptions, and are told once
 _PROGRESS_S = 15.0
-# In the texts of ONNX Runtime's refusals to capture a graph whose nodes are not all on the GPU.
-_GRAPH_REFUSED = ("graph capture", "cuda graph", "cuda_graph")
+# In the texts of failures for which files of an earlier compilation are to blame.
+_CACHE_DAMAGED = ("could not deserialize engine from cache", "could not create timing cache")
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """A model on one GPU.
+
+    `sessions`: by batch size; whoever runs them may replace one. `plain`: opens a session that captures no graph; None
+    if the others capture none either.
+    """
+
+    sessions: dict[int, Any]
+    plain: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model in memory.
 
-    `session`: on a CPU all executors share it: ONNX Runtime's sessions may run on several threads, and the weights are
-    held once. `on_gpus`: for each GPU its session for every batch size (`session` is one of them). `nodes`: how many
-    nodes of the graph each provider took.
+    `session`: on a CPU, shared by all executors: ONNX Runtime's sessions may run on several threads, and the weights
+    are held once. `on_gpus`: for each GPU. `nodes`: how many nodes of the graph each provider took.
     """
 
     session: Any
     plan: Plan
     nodes: Mapping[str, int]
-    on_gpus: tuple[Mapping[int, Any], ...] = ()
-    graphs: bool = False
+    on_gpus: tuple[OnGpu, ...] = ()
 
 
 def missing(provider: str) -> str:
@@ -56,7 +69,7 @@ def missing(provider: str) -> str:
     if provider in GPU_PROVIDERS and not cuda.visible():
         return "the NVIDIA driver shows no GPU to this process"
     if provider == TENSORRT and not cuda.tensorrt_version():
-        return "the TensorRT 10 library (libnvinfer.so.10) is not on the library path"
+        return "the TensorRT 10 libraries (libnvinfer.so.10, libnvonnxparser.so.10) are not on the library path"
     return ""
 
 
@@ -86,23 +99,18 @@ def load(
         options: dict[str, str] = dict(plan.options)
         if plan.provider == OPENVINO:
             options = {"load_config": providers.openvino_config(plan)}
-        loaded = _loaded(_open(path, plan, options), plan)
-    else:
-        _preload_cuda()
-        on_gpus, graphs = _open_gpus(version, path, plan, buckets, engine_cache)
-        loaded = _loaded(on_gpus[0][buckets[0]], plan, on_gpus, graphs=graphs)
-    inputs, outputs = (_signature(loaded.session, side) for side in ("inputs", "outputs"))
-    artifact.check_signature(version.manifest, inputs, outputs)
-    return loaded
-
-
-def _loaded(session: Any, plan: Plan, on_gpus: tuple[Mapping[int, Any], ...] = (), *, graphs: bool = False) -> Loaded:
-    return Loaded(session, plan, _nodes(session), on_gpus, graphs)
+        session = _open(path, plan, options)
+        _check(version, session)
+        return Loaded(session, plan, _nodes(session))
+    _preload_cuda()
+    on_gpus = _open_gpus(version, path, plan, buckets, engine_cache)
+    _check(version, on_gpus[0].sessions[buckets[0]])
+    return Loaded(None, plan, _nodes(on_gpus[0].sessions[buckets[0]]), on_gpus)
 
 
 def _open_gpus(
     version: ModelVersion, path: Path, plan: Plan, buckets: Sequence[int], engine_cache: Path | None
-) -> tuple[tuple[Mapping[int, Any], ...], bool]:
+) -> tuple[OnGpu, ...]:
     """Sessions for each GPU, with CUDA graphs where the model allows them.
 
     TensorRT's is compiled for all batch sizes. With CUDA each has one of its own: a convolution keeps the plan of cuDNN
@@ -110,60 +118,86 @@ def _open_gpus(
     times slower), and what is captured may not outlive it.
     """
 
-    def opened_on(gpu: int, *, graphs: bool) -> Mapping[int, Any]:
-        options = _gpu_options(version, plan, gpu, buckets, engine_cache, graphs=graphs)
-        if plan.provider == CUDA:
-            return {bucket: _open(path, plan, options) for bucket in buckets}
-        return dict.fromkeys(buckets, _open(path, plan, options))
+    def opened_on(gpu: int, *, graphs: bool) -> OnGpu:
+        if plan.provider == TENSORRT:
+            return OnGpu(dict.fromkeys(buckets, _open_tensorrt(version, path, plan, gpu, buckets, engine_cache)))
 
-    def opened(*, graphs: bool) -> tuple[Mapping[int, Any], ...]:
+        def one(*, graphs: bool) -> Any:
+            return _open(path, plan, providers.cuda_options(plan, gpu, graphs=graphs))
+
+        sessions = {bucket: one(graphs=graphs) for bucket in buckets}
+        return OnGpu(sessions, functools.partial(one, graphs=False) if graphs else None)
+
+    def opened(*, graphs: bool) -> tuple[OnGpu, ...]:
         return tuple(opened_on(gpu, graphs=graphs) for gpu in plan.gpus)
 
     with _progress(plan.provider, path):
         # As settings files may write it: 1, true.
         wanted = plan.options.get("enable_cuda_graph", "1").lower() in {"1", "true"} and plan.provider == CUDA
         if not wanted:
-            return opened(graphs=False), False
+            return opened(graphs=False)
         try:
-            return opened(graphs=True), True
+            return opened(graphs=True)
         except ProviderError as error:
-            if not any(word in str(error).lower() for word in _GRAPH_REFUSED):
+            if not faults.no_capture(error):
                 raise
             _log.info("no CUDA graphs for this model: it has nodes that run on the CPU", file=str(path))
-            return opened(graphs=False), False
+            return opened(graphs=False)
 
 
-def _gpu_options(
-    version: ModelVersion,
-    plan: Plan,
-    gpu: int,
-    buckets: Sequence[int],
-    engine_cache: Path | None,
-    *,
-    graphs: bool,
-) -> dict[str, str]:
-    if plan.provider == CUDA:
-        return providers.cuda_options(plan, gpu, graphs=graphs)
-    cache = None
-    if engine_cache is not None:
-        device = cuda.visible()[gpu]
-        cache = providers.tensorrt_cache(
-            engine_cache,
-            gpu_name=device.name,
-            compute_capability=device.compute_capability,
-            tensorrt=cuda.tensorrt_version(),
-            onnxruntime=ort.__version__,
-            digest=version.digest,
-            plan=plan,
-            buckets=buckets,
+def _open_tensorrt(
+    version: ModelVersion, path: Path, plan: Plan, gpu: int, buckets: Sequence[int], engine_cache: Path | None
+) -> Any:
+    """A session with a compiled engine, from the cache if it is there.
+
+    ONNX Runtime writes the engine piece by piece under its final name, and a process may be killed meanwhile; it fails
+    on half an engine, or worse. So it compiles in a directory of its own, which takes its place when it is complete.
+    """
+
+    def opened(cache: Path | None) -> Any:
+        shape = version.manifest.input.shape
+        options = providers.tensorrt_options(
+            plan, gpu, shape=shape, input_name=artifact.INPUT_NAME, buckets=buckets, cache=cache
         )
+        return _open(path, plan, options)
+
+    if engine_cache is None:
+        return opened(None)
+    cache = _engine_directory(version, plan, gpu, buckets, engine_cache)
+    if cache.is_dir():
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            _log.warning("TensorRT's engine is not kept: each start compiles it", reason=str(error))
-            cache = None
-    return providers.tensorrt_options(
-        plan, gpu, shape=version.manifest.input.shape, input_name=artifact.INPUT_NAME, buckets=buckets, cache=cache
+            return opened(cache)
+        except ProviderError as error:
+            if not any(word in str(error) for word in _CACHE_DAMAGED):
+                raise
+            _log.warning("TensorRT's engine is damaged; compiling it again", directory=str(cache), error=str(error))
+            shutil.rmtree(cache, ignore_errors=True)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", dir=cache.parent))
+    except OSError as error:
+        _log.warning("TensorRT's engine is not kept: each start compiles it", reason=str(error))
+        return opened(None)
+    try:
+        session = opened(building)
+        with contextlib.suppress(OSError):  # another process was faster
+            building.rename(cache)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return session
+
+
+def _engine_directory(version: ModelVersion, plan: Plan, gpu: int, buckets: Sequence[int], root: Path) -> Path:
+    device = cuda.visible()[gpu]
+    return providers.tensorrt_cache(
+        root,
+        gpu_name=device.name,
+        compute_capability=device.compute_capability,
+        tensorrt=cuda.tensorrt_version(),
+        onnxruntime=ort.__version__,
+        digest=version.digest,
+        plan=plan,
+        buckets=buckets,
     )
 
 
@@ -216,6 +250,10 @@ def _refusal(path: Path, plan: Plan, error: Exception) -> ProviderError | Artifa
     if plan.provider == CPU:
         return ArtifactError(f"{path} cannot be loaded by ONNX Runtime: {reason}")
     return ProviderError(f"{path} cannot be loaded on {plan.provider}: {reason}")
+
+
+def _check(version: ModelVersion, session: Any) -> None:
+    artifact.check_signature(version.manifest, _signature(session, "inputs"), _signature(session, "outputs"))
 
 
 def _nodes(session: Any) -> dict[str, int]:

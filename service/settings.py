@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
-from service import strict_yaml
+from service import providers, strict_yaml
 from service.candidates import Wishes
 from service.errors import ConfigurationError, InvalidRequestError
 from service.routing import Routing
@@ -69,6 +69,12 @@ class ModelSettings(BaseModel):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _names(value)
+
+    @field_validator("provider_options")
+    @classmethod
+    def _possible(cls, value: ProviderOptions | None) -> ProviderOptions | None:
+        providers.check_options(value or {})
+        return value
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -233,6 +239,12 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _names(value)
+
+    @field_validator("provider_options")
+    @classmethod
+    def _possible(cls, value: ProviderOptions) -> ProviderOptions:
+        providers.check_options(value)
+        return value
 
     @field_validator("cache_dir")
     @classmethod

@@ -40,6 +40,7 @@ class Runtime:
     def __init__(self, status=0):
         self.pinned = {}
         self.status = status
+        self.forgotten = 0
 
     def cudaSetDevice(self, gpu):  # noqa: N802
         self.selected = gpu
@@ -52,6 +53,10 @@ class Runtime:
     def cudaHostUnregister(self, pointer):  # noqa: N802
         del self.pinned[pointer.value]
         return 0
+
+    def cudaGetLastError(self):  # noqa: N802
+        self.forgotten += 1
+        return self.status
 
 
 class TensorRt:
@@ -89,11 +94,13 @@ def test_a_driver_that_does_not_come_up_shows_none():
 
 @pytest.mark.parametrize(("number", "version"), [(101303, "10.13.3"), (100000, "10.0.0")])
 def test_tensorrt_s_version(number, version):
-    assert cuda.tensorrt_version(loads(libnvinfer=TensorRt(number))) == version
+    libraries = {"libnvinfer": TensorRt(number), "libnvonnxparser": object()}
+    assert cuda.tensorrt_version(loads(**libraries)) == version
 
 
 def test_no_tensorrt():
     assert cuda.tensorrt_version(loads()) == ""
+    assert cuda.tensorrt_version(loads(libnvinfer=TensorRt(101303))) == ""  # without its parser it is of no use
 
 
 def test_a_thread_s_gpu_is_selected():
@@ -113,8 +120,19 @@ def test_pages_are_locked_and_unlocked():
     assert not runtime.pinned
 
 
+def test_pages_are_of_their_own():
+    first, second = cuda.pages((2, 3, 3, 1)), cuda.pages((2, 3, 3, 1))
+    assert first.shape == (2, 3, 3, 1)
+    assert not first.any()
+    first[:] = 7
+    assert not second.any()
+    assert first.ctypes.data % 4096 == second.ctypes.data % 4096 == 0
+
+
 def test_pages_that_cannot_be_locked_are_only_slower():
     array = np.zeros(8, np.uint8)
-    assert not cuda.page_lock(array, loads(libcudart=Runtime(status=2)))
+    failing = Runtime(status=2)
+    assert not cuda.page_lock(array, loads(libcudart=failing))
+    assert failing.forgotten == 1  # or the next kernel of the thread would be blamed for it
     assert not cuda.page_lock(array, loads())
     cuda.page_unlock(array, loads())

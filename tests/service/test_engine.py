@@ -12,7 +12,7 @@ from variants import CLASSES, huge, levels_image, version_with
 from service import engine, providers, sessions
 from service.engine import OrtEngine, Outputs
 from service.errors import ArtifactError, DeviceLostError, EngineError, OutOfMemoryError, ProviderError
-from service.providers import CPU, CUDA, OPENVINO, TENSORRT, Plan
+from service.providers import CPU, CUDA, OPENVINO, Plan
 
 # As ONNX Runtime 1.31 and CUDA write them.
 OUT_OF_MEMORY = (
@@ -263,42 +263,3 @@ def test_a_broken_graph_is_the_artifact_s_fault(tmp_path):
 def test_a_provider_that_does_not_come_up_is_never_replaced_in_silence(version):
     with pytest.raises(ProviderError, match="CUDAExecutionProvider"):
         engine.build(version, Plan(CUDA, 1, gpus=(0,)), 2)
-
-
-@pytest.mark.parametrize(("provider", "each"), [(CUDA, 3), (TENSORRT, 1)])
-def test_with_cuda_each_batch_size_has_a_session_of_its_own(version, monkeypatch, provider, each):
-    """Its convolutions keep the plan of one shape; TensorRT compiles for all of them."""
-    on_cpu, opened = sessions._open, []  # noqa: SLF001
-
-    def as_if_on_gpu(path, plan, options):
-        opened.append((options["device_id"], options.get("enable_cuda_graph")))
-        return on_cpu(path, providers.cpu_plan(1), {})
-
-    monkeypatch.setattr(sessions, "_open", as_if_on_gpu)
-    monkeypatch.setattr(sessions, "_preload_cuda", lambda: None)
-    loaded = sessions.load(version, "model.onnx", Plan(provider, 1, gpus=(0, 1)), (1, 2, 4))
-
-    graphs = "1" if provider == CUDA else None
-    assert opened == [("0", graphs)] * each + [("1", graphs)] * each
-    assert loaded.graphs == (provider == CUDA)
-    for on_gpu in loaded.on_gpus:
-        assert tuple(on_gpu) == (1, 2, 4)
-        assert len(set(map(id, on_gpu.values()))) == each
-    assert loaded.session is loaded.on_gpus[0][1]
-
-
-def test_a_model_whose_graph_cannot_be_captured_runs_without(version, monkeypatch):
-    on_cpu, opened = sessions._open, []  # noqa: SLF001
-
-    def as_if_on_gpu(path, plan, options):
-        opened.append(options["enable_cuda_graph"])
-        if options["enable_cuda_graph"] == "1":
-            raise ProviderError("This session cannot use the graph capture feature as requested by the user")
-        return on_cpu(path, providers.cpu_plan(1), {})
-
-    monkeypatch.setattr(sessions, "_open", as_if_on_gpu)
-    monkeypatch.setattr(sessions, "_preload_cuda", lambda: None)
-    loaded = sessions.load(version, "model.onnx", Plan(CUDA, 1, gpus=(0,)), (1, 2))
-
-    assert opened == ["1", "0", "0"]
-    assert not loaded.graphs

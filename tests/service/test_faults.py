@@ -20,6 +20,8 @@ ARENA = "/onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* onnx
         RuntimeError(f"{ARENA} Available memory of 1024 is smaller than requested bytes of 2048"),
         RuntimeError(CUDA_FAILURE.format(code=2, text="out of memory")),
         RuntimeError("CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED ; GPU=0"),
+        RuntimeError("CUDNN failure 4004: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED ; GPU=0"),
+        RuntimeError("CUBLAS failure 3: the resource allocation failed ; GPU=0"),
         RuntimeError("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0"),
         RuntimeError(
             "TensorRT EP failed: OutOfMemory: Error Code 2: OutOfMemory (Requested size was 209715200 bytes.)"
@@ -41,11 +43,36 @@ def test_exhausted_memory(error):
         (710, "device-side assert triggered"),
         (716, "misaligned address"),
         (719, "unspecified launch failure"),
+        (226, "contained"),
+        (810, "the MPS client has been terminated"),
         (999, "unknown error"),
     ],
 )
 def test_sticky_errors(code, text):
     assert type(faults.translate(RuntimeError(CUDA_FAILURE.format(code=code, text=text)))) is DeviceLostError
+
+
+@pytest.mark.parametrize("name", ["cudaErrorInvalidPc", "cudaErrorContextIsDestroyed", "cudaErrorNvlinkUncorrectable"])
+def test_sticky_errors_that_a_kernel_leaves_by_name(name):
+    text = f"Non-zero status code returned while running Conv node. Status Message: CUDA error {name}:what it means"
+    assert type(faults.translate(RuntimeError(text))) is DeviceLostError
+    plain = faults.translate(RuntimeError("CUDA error cudaErrorInvalidConfiguration:invalid configuration argument"))
+    assert type(plain) is EngineError
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        (CUDA_FAILURE.format(code=900, text="operation not permitted when stream is capturing"), True),
+        ("CUDA error cudaErrorStreamCaptureUnsupported:operation not permitted when stream is capturing", True),
+        ("Graph capture did not complete after 8 internal runs for CUDAExecutionProvider.", True),
+        ("This session cannot use the graph capture feature as requested by the user", True),
+        (CUDA_FAILURE.format(code=2, text="out of memory"), False),
+        (CUDA_FAILURE.format(code=909, text="attempted to launch a graph exec that is being destroyed"), False),
+    ],
+)
+def test_what_cannot_be_captured_is_told_apart(text, refused):
+    assert faults.no_capture(RuntimeError(text)) is refused
 
 
 def test_a_sticky_error_found_by_an_allocation_is_a_lost_device():

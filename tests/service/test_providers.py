@@ -130,8 +130,30 @@ def test_cuda_grows_its_arena_as_asked_and_lets_the_settings_win():
     assert options["use_tf32"] == "0"
 
 
+def test_the_settings_change_neither_the_gpu_nor_what_was_tried_without_graphs():
+    plan = Plan(CUDA, 1, options={"device_id": "7", "enable_cuda_graph": "1"})
+    options = providers.cuda_options(plan, 1, graphs=False)
+    assert (options["device_id"], options["enable_cuda_graph"]) == ("1", "0")
+
+
 @pytest.mark.parametrize(
-    ("precision", "fp16", "int8"), [("fp16", "True", "False"), ("int8", "False", "True"), ("", "False", "False")]
+    ("options", "message"),
+    [
+        ({"cudo": {}}, "no provider cudo; choose from tensorrt, cuda, openvino, cpu"),
+        (
+            {"cuda": {"device_id": 1}},
+            "device_id of cuda cannot be set: every GPU that CUDA_VISIBLE_DEVICES shows is used",
+        ),
+        ({"tensorrt": {"trt_cuda_graph_enable": "True"}}, "trt_cuda_graph_enable of tensorrt cannot be set"),
+    ],
+)
+def test_options_that_would_break_what_is_built_here_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        providers.check_options(options)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp16", "int8"), [("fp16", "True", "False"), ("int8", "True", "True"), ("", "False", "False")]
 )
 def test_tensorrt_s_profile_spans_every_bucket(precision, fp16, int8):
     options = providers.tensorrt_options(
@@ -146,7 +168,7 @@ def test_tensorrt_s_profile_spans_every_bucket(precision, fp16, int8):
     assert options["trt_profile_opt_shapes"] == options["trt_profile_max_shapes"] == "image:8x224x224x3"
     assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (fp16, int8)
     assert options["trt_engine_cache_path"] == "/cache/gpu/key"
-    assert options["trt_timing_cache_path"] == "/cache/gpu"
+    assert options["trt_timing_cache_path"] == "/cache/gpu/key"
 
 
 def asked_of_tensorrt(options, tmp_path):

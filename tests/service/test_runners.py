@@ -1,6 +1,7 @@
 """Runners on real sessions. The one for GPUs runs here with its buffers in the CPU's memory: the same calls."""
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,8 +26,11 @@ def session(version):
 
 
 def cuda_runner(session, version, *, graphs):
-    shape = version.manifest.input.shape
-    return CudaRunner(dict.fromkeys(BUCKETS, session), 0, shape, CLASSES, graphs=graphs, memory="cpu")
+    return runner_of(dict.fromkeys(BUCKETS, session), version, plain=pytest.fail if graphs else None)
+
+
+def runner_of(by_size, version, plain=None):
+    return CudaRunner(by_size, 0, version.manifest.input.shape, CLASSES, plain=plain, memory="cpu")
 
 
 def check(runner, version, levels):
@@ -53,9 +57,13 @@ def test_every_bucket_has_buffers_of_its_own_that_are_filled_anew(session, versi
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_closed_runner_holds_nothing(session, version, graphs):
-    runner = cuda_runner(session, version, graphs=graphs)
+    watched = Watched(session)
+    held, runner = weakref.ref(watched), cuda_runner(watched, version, graphs=graphs)
+    del watched
+    runner.run(1)
     runner.close()
-    with pytest.raises(KeyError):
+    assert held() is None
+    with pytest.raises(RuntimeError, match="shutdown"):
         runner.run(1)
 
 
@@ -86,7 +94,7 @@ def test_the_thread_talks_to_the_gpu_of_its_sessions(session, version, monkeypat
     selected = []
     monkeypatch.setattr("service.cuda.select", lambda gpu: selected.append((gpu, threading.get_ident())))
     watched = Watched(session)
-    runner = CudaRunner({1: watched}, 0, version.manifest.input.shape, CLASSES, graphs=False, memory="cpu")
+    runner = runner_of({1: watched}, version)
     runner.run(1)
     runner.run(1)
     assert selected == [(0, watched.runs[0][0])]
@@ -96,7 +104,7 @@ def test_the_thread_talks_to_the_gpu_of_its_sessions(session, version, monkeypat
 def test_every_batch_runs_on_one_thread_whoever_asks(session, version, graphs):
     """ONNX Runtime keeps graphs for each thread: on another one the first request of a size would pay for a capture."""
     by_size = {bucket: Watched(session) for bucket in BUCKETS}
-    runner = CudaRunner(by_size, 0, version.manifest.input.shape, CLASSES, graphs=graphs, memory="cpu")
+    runner = runner_of(dict(by_size), version, plain=pytest.fail if graphs else None)
     with ThreadPoolExecutor(1) as warm_up, ThreadPoolExecutor(1) as owner:
         for bucket in BUCKETS:
             warm_up.submit(runner.run, bucket).result()
@@ -111,6 +119,45 @@ def test_every_batch_runs_on_one_thread_whoever_asks(session, version, graphs):
     assert len(threads) == 1
     assert threading.get_ident() not in threads
     runner.close()
+
+
+@pytest.mark.parametrize("reason", ["CUDA failure 900: operation not permitted when stream is capturing", "no memory"])
+def test_what_cannot_be_captured_runs_without_graphs(session, version, reason):
+    """Its stream is still capturing: the session has to go before anybody else may talk to a GPU."""
+
+    def in_run(graph):
+        if graph == "":
+            raise RuntimeError(reason)
+
+    by_size = {bucket: Watched(session, in_run) for bucket in BUCKETS}
+    gone, plain = weakref.ref(by_size[4]), Watched(session)
+
+    def reopened():
+        assert gone() is None
+        return plain
+
+    runner = runner_of(by_size, version, reopened)
+    for levels in ([255, 3, 77, 130], [9, 200], [0], [40, 50, 60, 70], [128]):
+        check(runner, version, levels)
+    assert [run[1] for run in plain.runs] == ["-1", "-1"]
+    assert [run[1] for run in by_size[2].runs] == ["-1"]
+    assert [run[1] for run in by_size[1].runs] == ["-1", "-1"]
+    runner.close()
+
+
+def test_a_runner_that_cannot_be_made_gives_its_pages_back(session, version, monkeypatch):
+    locked = []
+    monkeypatch.setattr("service.cuda.page_lock", lambda array: locked.append(array.ctypes.data) or True)
+    monkeypatch.setattr("service.cuda.page_unlock", lambda array: locked.remove(array.ctypes.data))
+
+    class Full:
+        def io_binding(self):
+            assert locked
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        runner_of({1: session, 2: Full()}, version)
+    assert not locked
 
 
 def test_nothing_else_runs_on_a_gpu_while_a_graph_is_captured(session, version):
