@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service import threads
 from service.errors import ArtifactError, OutOfReachError
@@ -182,10 +182,18 @@ class Manifest(_Strict):
         own = {variant.file: variant.canary_tolerance for variant in self.variants}
         return own.get(file) or self.canary.tolerance
 
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("two classes have the same name")
+        for name in value:
+            if not _is_text(name):
+                raise ValueError(f"the class {name!r} is no text that can be sent")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("two classes have the same name")
         if self.variants[0].name != "fp32" or self.variants[0].file != MODEL:
             raise ValueError(f"the first variant has to be fp32 in {MODEL}")
         for row in self.canary.probabilities:
@@ -390,11 +398,17 @@ def _verify_file(path: Path, entry: FileEntry, *, gently: bool) -> None:
 
 
 def _is_path(text: str) -> bool:
-    """Whether the system takes it as one: JSON can hold a NUL, and halves of characters."""
+    """Whether the system takes it as one: JSON can hold a NUL."""
+    return bool(text) and "\0" not in text and _is_text(text)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it is text in UTF-8: JSON can hold halves of characters."""
     try:
-        return bool(text) and b"\0" not in text.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _unreadable(error: OSError, message: str) -> ArtifactError:

@@ -32,6 +32,8 @@ class Encoded(NamedTuple):
 # Both bounds: a small file can unfold to any number of pixels, and a few pixels can hide in a large file.
 _THUMBNAIL_BYTES = 4096
 _THUMBNAIL_PIXELS = 64 * 64
+# Chunks of a PNG that unfold as well, to a MiB each.
+_PACKED = (b"iCCP", b"zTXt", b"iTXt")
 
 # What decoding one part gives: the fault of each image that cannot be used, by its position in the job.
 Faults = dict[int, InvalidImageError]
@@ -40,7 +42,7 @@ Decoder = Batcher[Encoded, Faults]
 
 def is_thumbnail(data: bytes) -> bool:
     """Whether decoding takes less time than handing it to a thread; damaged and unknown images are none."""
-    if len(data) > _THUMBNAIL_BYTES:
+    if len(data) > _THUMBNAIL_BYTES or any(kind in data for kind in _PACKED):
         return False
     try:
         header = read_header(data)

@@ -40,6 +40,7 @@ _OPAQUE = 255
 _IHDR = b"\0\0\0\rIHDR"
 _PLAIN = {bytes((8, 0, 0, 0, 0)): "L", bytes((8, 2, 0, 0, 0)): "RGB"}
 _AFTER_IHDR = 33
+_DEPTH = 24
 _IEND = b"\0\0\0\0IEND"
 
 # Pillow warns, once for each place in the code, of an APNG whose animation is damaged; only the first frame counts.
@@ -65,9 +66,27 @@ def decode(data: bytes, header: Header, window: Window, spec: InputSpec, scale: 
     image = _plain_png(data, header, spec.channels) if header.format == "PNG" else None
     if image is None:
         image = _opened(data, header, spec.channels, scale)
-    box = window.scaled(scale).box
-    if image.size != (window.width, window.height) or box != (0, 0, *image.size):
-        image = image.resize((window.width, window.height), _FILTERS[spec.resize.interpolation], box)
+    return resized(image, window.scaled(scale), spec)
+
+
+def of_jpeg(pixels: Pixels, colours: str, channels: int) -> Image.Image:
+    """An image on decoded pixels, without a copy of them: uint8[H, W, C], `colours` "GRAY", "RGBX" or "CMYK".
+
+    CMYK is inverted, as Adobe writes it.
+    """
+    height, width = pixels.shape[:2]
+    if colours == "CMYK":
+        return _convert(Image.frombytes("CMYK", (width, height), pixels, "raw", "CMYK;I"), channels)
+    mode = {"GRAY": "L", "RGBX": "RGBX"}[colours]
+    return Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
+
+
+def resized(image: Image.Image, window: Window, spec: InputSpec) -> Pixels:
+    """Pixels of a window of an image in mode L, RGB, RGBX or RGBa; the result is as that of `decode`."""
+    if image.size != (window.width, window.height) or window.box != (0, 0, *image.size):
+        image = image.resize((window.width, window.height), _FILTERS[spec.resize.interpolation], window.box)
+    if image.mode == "RGBX":
+        image = image.convert("RGB")
     if image.mode == "RGBa":
         image = _over_white(image)
         image = image.convert("L") if spec.channels == 1 else image
@@ -83,6 +102,8 @@ def _opened(data: bytes, header: Header, channels: int, scale: int) -> Image.Ima
             # Sizes rounded down make draft() choose this very scale.
             file.draft("L" if channels == 1 else None, (header.width // scale, header.height // scale))
         file.load()
+        if header.format == "PNG":
+            _scale_key(file, data[_DEPTH])
         return _convert(file, channels)
 
 
@@ -114,14 +135,19 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     """
     if image.mode == "I;16":
         image = _upper_byte(image)
-    key = image.info.get("transparency")
-    if isinstance(key, tuple):
-        # Of 16-bit samples only the upper byte is left, so the transparent colour is known by it, too.
-        image.info["transparency"] = tuple(v >> 8 for v in key) if max(key) > _OPAQUE else key
     if image.has_transparency_data:
         return image.convert("RGBA").convert("RGBa")
     mode = "L" if channels == 1 or image.mode in {"1", "L"} else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def _scale_key(image: Image.Image, bits: int) -> None:
+    """The colour that is transparent, which a PNG gives in samples as they are stored, in those that Pillow makes."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and bits == 16:  # noqa: PLR2004
+        image.info["transparency"] = tuple(v >> 8 for v in key)  # only the upper byte of the samples is left
+    elif isinstance(key, int) and image.mode == "L" and bits in {2, 4}:
+        image.info["transparency"] = key * _OPAQUE // ((1 << bits) - 1)
 
 
 def _upper_byte(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import struct
 UPRIGHT = 1
 
 _ORIENTATION_TAG = 0x0112
-_SHORT = 3
+_SHORT, _LONG = 3, 4
 
 
 def orientation(tiff: bytes) -> int:
@@ -25,7 +25,10 @@ def orientation(tiff: bytes) -> int:
         for index in range(entries):
             tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * index)
             if tag == _ORIENTATION_TAG:
-                return int(value) if (kind, count) == (_SHORT, 1) and 1 <= value <= 8 else UPRIGHT  # noqa: PLR2004
+                if kind == _LONG:  # not what EXIF says, but what some write, and others read
+                    (value,) = struct.unpack_from(order + "I", tiff, directory + 10 + 12 * index)
+                known = kind in {_SHORT, _LONG} and count == 1 and 1 <= value <= 8  # noqa: PLR2004
+                return int(value) if known else UPRIGHT
     except struct.error:
         return UPRIGHT
     return UPRIGHT

@@ -11,16 +11,19 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from service import exif
+from service import exif, jpeg_markers
 from service.errors import ImageFault, InvalidImageError
 
 # Far above what encoders write (a 32 MiB PNG in blocks of 4 KiB has 8,192), far below what would hold the
 # interpreter for seconds.
-MAX_BLOCKS = 65_536
+MAX_BLOCKS = jpeg_markers.MAX_BLOCKS
 
-# Each scan of a progressive JPEG visits every block of the image, and can be a hundred bytes long. Encoders write
-# about ten.
+# Each scan of a JPEG visits every block of the image, and can be ten bytes long. Of a progressive one encoders write
+# about ten; a sequential one has each of its components in one.
 MAX_SCANS = 200
+
+# Pillow joins them one by one. More than one is rare: 64 KiB hold what cameras write.
+MAX_EXIF_SEGMENTS = 64
 
 _MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"BM": "BMP"}
 # Start-of-frame markers of the Huffman and arithmetic coded, sequential and progressive processes.
@@ -84,18 +87,28 @@ def _corrupt(name: str, what: str) -> InvalidImageError:
 
 
 def _jpeg(data: bytes) -> Header:
-    height = width = components = 0
+    height = width = components = exif_segments = process = end = 0
     orientation = exif.UPRIGHT
     for marker, start, end in _jpeg_segments(data):
         if marker in _DECODABLE_SOF or marker in _OTHER_SOF:
+            if process:
+                raise _corrupt("JPEG", "it has two frames")
             precision, height, width, components = struct.unpack_from(">BHHB", data, start)
-            _check_jpeg_process(data, marker, precision, components)
+            _check_jpeg_process(marker, precision, components)
+            process = marker
         elif marker == _APP1 and data[start : start + 6] == b"Exif\0\0":
-            orientation = exif.orientation(data[start + 6 : end])
+            exif_segments += 1
+            if orientation == exif.UPRIGHT:
+                orientation = exif.orientation(data[start + 6 : end])
+    if exif_segments > MAX_EXIF_SEGMENTS:
+        raise _corrupt("JPEG", f"it has more than {MAX_EXIF_SEGMENTS} EXIF segments")
+    scans = MAX_SCANS if process in _PROGRESSIVE_SOF else components
+    if jpeg_markers.has_more_scans_than(data, scans, end):
+        raise _corrupt("JPEG", f"it has more than {scans} scans")
     return Header("JPEG", width, height, orientation, components)
 
 
-def _check_jpeg_process(data: bytes, marker: int, precision: int, components: int) -> None:
+def _check_jpeg_process(marker: int, precision: int, components: int) -> None:
     if marker in _OTHER_SOF or precision != 8 or components not in {1, 3, 4}:  # noqa: PLR2004 - bits and channels
         raise InvalidImageError(
             ImageFault.UNSUPPORTED_FORMAT,
@@ -103,8 +116,6 @@ def _check_jpeg_process(data: bytes, marker: int, precision: int, components: in
             "save it as an ordinary 8-bit JPEG.",
             "JPEG",
         )
-    if marker in _PROGRESSIVE_SOF and data.count(b"\xff\xda") > MAX_SCANS:
-        raise _corrupt("JPEG", f"it has more than {MAX_SCANS} scans")
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -135,8 +146,11 @@ def _png(data: bytes) -> Header:
 
 
 def _png_orientation(data: bytes) -> int:
-    """Orientation of the eXIf chunk, which may stand on either side of the pixels."""
-    orientation = exif.UPRIGHT
+    """Orientation of the eXIf chunk, which may stand on either side of the pixels.
+
+    Profiles, of which there may be one, are unpacked by decoders, each to a MiB: many would take seconds.
+    """
+    orientation, profiles = exif.UPRIGHT, 0
     position = 8
     for _ in range(MAX_BLOCKS):
         # Fails where the data ends first: a file without IEND was cut short, even if its pixels are all there.
@@ -145,6 +159,9 @@ def _png_orientation(data: bytes) -> int:
             return orientation
         if kind == b"eXIf":
             orientation = exif.orientation(data[position + 8 : position + 8 + length])
+        profiles += kind == b"iCCP"
+        if profiles > 1:
+            raise ValueError("more than one profile")
         position += 12 + length
     raise ValueError("too many chunks")
 

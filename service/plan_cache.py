@@ -13,9 +13,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.artifact import ModelVersion
 from service.candidates import Machine, Wishes
@@ -58,7 +58,7 @@ class Table(BaseModel):
 
     schema_version: Literal[1] = 1
     rows: tuple[Row, ...]
-    largest_batch: int
+    largest_batch: Annotated[int, Field(ge=1, le=1024)]
     seconds: float
     cut_at_s: float | None = None
 
@@ -70,8 +70,13 @@ class Table(BaseModel):
 
 def key(version: ModelVersion, wishes: Wishes, machine: Machine) -> str:
     """Hash of everything that the outcome depends on."""
+    canary = version.manifest.canary
     facts = {
         "schema": _SCHEMA,
+        # What passes one canary may fail another one of the same model.
+        "canary": [version.manifest.files[image].sha256 for image in canary.images],
+        "probabilities": canary.probabilities,
+        "input": version.manifest.input.model_dump(),
         "files": {variant.name: version.manifest.files[variant.file].sha256 for variant in version.manifest.variants},
         "tolerances": {variant.name: version.manifest.tolerance(variant.file) for variant in version.manifest.variants},
         "wishes": dataclasses.asdict(dataclasses.replace(wishes, options={}, budget_s=0.0)),
@@ -103,6 +108,7 @@ class PlanCache:
 
     def write(self, name: str, table: Table) -> bool:
         """Keeps a table; says whether that worked. It appears whole or not at all."""
+        temporary = None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._directory, suffix=".tmp")
@@ -110,6 +116,9 @@ class PlanCache:
                 stream.write(table.model_dump_json(indent=2))
             Path(temporary).replace(self._file(name))
         except OSError:
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    Path(temporary).unlink(missing_ok=True)
             return False
         return True
 

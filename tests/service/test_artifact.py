@@ -112,6 +112,15 @@ def test_a_file_outside_of_the_version_is_refused(version, path):
         artifact.load(version)
 
 
+def test_a_class_that_no_answer_can_hold_is_refused(version):
+    raw = json.loads((version / artifact.MANIFEST).read_text())
+    rewrite(version, classes=["half of \ud83d", *raw["classes"][1:]])
+
+    with pytest.raises(ArtifactError, match="no text that can be sent") as caught:
+        artifact.load(version)
+    str(caught.value).encode()
+
+
 @pytest.mark.parametrize("path", ["", "a\0b", "half of \ud83d"])
 def test_a_file_that_no_system_can_name_is_refused(version, path):
     raw = json.loads((version / artifact.MANIFEST).read_text())

@@ -1,7 +1,9 @@
 """The decode stage: each image into its own slot, faults by position, and turns between models."""
 
 import asyncio
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import toys
 
 from service.artifact import InputSpec, Resize
 from service.batcher import Silent
-from service.decode import Encoded, decode_pool
+from service.decode import Encoded, decode_pool, is_thumbnail
 from service.errors import ExpiredError, ImageFault
 from service.preprocess import Limits, preprocess
 
@@ -34,6 +36,15 @@ async def decoder():
 
 def soon():
     return time.monotonic() + 20
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
+def test_a_thumbnail_that_unfolds_to_more_than_its_pixels_is_not_decoded_on_the_loop(kind):
+    png = toys.grey_png(7)
+    content = {b"iCCP": b"x\0\0", b"zTXt": b"x\0\0", b"iTXt": b"x\0\x01\0\0\0"}[kind] + zlib.compress(bytes(1 << 20))
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    assert is_thumbnail(png)
+    assert not is_thumbnail(png[:33] + chunk + png[33:])
 
 
 async def test_each_image_fills_its_own_slot(decoder):

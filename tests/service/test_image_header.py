@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from service.errors import ImageFault, InvalidImageError
-from service.image_header import MAX_BLOCKS, MAX_SCANS, Header, read_header, sniff
+from service.image_header import MAX_BLOCKS, MAX_EXIF_SEGMENTS, MAX_SCANS, Header, read_header, sniff
 
 
 def encoded(image_format, size=(7, 5), mode="RGB", **options):
@@ -182,6 +182,53 @@ def test_progressive_jpeg_with_endless_scans_is_refused():
 
     with pytest.raises(InvalidImageError, match="scans"):
         read_header(data[:-2] + b"\xff\xda\0\x02" * MAX_SCANS + b"\xff\xd9")
+
+
+def jpeg_of_scans(count, middle=b""):
+    """A sequential JPEG with further scans behind its own, each without a block."""
+    data = encoded("JPEG", (64, 48))
+    return data[:-2] + (middle + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0") * (count - 1) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("middle", [b"", b"\xff\xfe\0\x04\xff\xd9", b"\xff\xfe\0\x04\xff\xda"])
+def test_a_sequential_jpeg_has_a_scan_for_each_component_at_most(middle):
+    """Every scan costs a look at all blocks, and ten bytes. What only looks like a marker ends nothing."""
+    assert read_header(jpeg_of_scans(3, middle)).components == 3
+    with pytest.raises(InvalidImageError, match="more than 3 scans"):
+        read_header(jpeg_of_scans(4, middle))
+
+
+def test_scans_of_thumbnails_and_of_further_pictures_are_not_those_of_the_image():
+    data, small = encoded("JPEG", (64, 48)), encoded("JPEG", progressive=True) * 3
+    within = b"\xff\xe1" + struct.pack(">H", 2 + len(small)) + small
+    assert small.count(b"\xff\xda") > 9
+    assert read_header(data[:2] + within + data[2:] + small).width == 64
+
+
+def test_a_jpeg_with_two_frames_is_refused():
+    data = encoded("JPEG")
+    frame = data.index(b"\xff\xc0")
+    end = frame + 2 + int.from_bytes(data[frame + 2 : frame + 4])
+    with pytest.raises(InvalidImageError, match="two frames"):
+        read_header(data[:end] + data[frame:end] + data[end:])
+
+
+def test_endless_exif_is_refused():
+    data = encoded("JPEG", exif=exif(6))
+    start = data.index(b"\xff\xe1")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4])
+    block, empty = data[start:end], b"\xff\xe1\0\x08Exif\0\0"
+    assert read_header(data[:start] + block + empty * 9 + data[end:]).orientation == 6  # the first that says it
+    with pytest.raises(InvalidImageError, match="EXIF segments"):
+        read_header(data[:start] + empty * (MAX_EXIF_SEGMENTS + 1) + data[end:])
+
+
+def test_a_png_with_several_profiles_is_refused():
+    data = encoded("PNG")
+    profile = png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(1 << 20)))
+    assert read_header(data[:33] + profile + data[33:]).width == 7
+    with pytest.raises(InvalidImageError, match="damaged"):
+        read_header(data[:33] + profile * 2 + data[33:])
 
 
 @pytest.mark.parametrize(

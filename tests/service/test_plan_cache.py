@@ -1,11 +1,13 @@
 """What was measured, on disk."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 from variants import machine, version_with
 
-from service import plan_cache
+from service import artifact, plan_cache
 from service.candidates import Wishes
 from service.plan_cache import PlanCache, Row, Table
 
@@ -43,10 +45,22 @@ def test_a_forgotten_table_is_gone(tmp_path):
 
 def test_nothing_half_written_stays_behind(tmp_path):
     PlanCache(tmp_path).write("a", TABLE)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "b.json").mkdir()  # in the way
+    assert not PlanCache(tmp_path).write("b", TABLE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"rows": []}', b"\xff\xfe", TABLE.model_dump_json().encode()[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"rows": []}',
+        b"\xff\xfe",
+        TABLE.model_dump_json().encode()[:-9],
+        TABLE.model_dump_json().replace('"largest_batch":8', '"largest_batch":-1').encode(),
+    ],
+)
 def test_a_damaged_table_is_none(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     assert PlanCache(tmp_path).read("a") is None
@@ -102,6 +116,24 @@ def test_whatever_changes_the_outcome_changes_the_key(version, wishes, on):
 def test_another_model_has_another_key(tmp_path, version):
     other = version_with(tmp_path, int8=lambda model: model)
     assert plan_cache.key(other, Wishes(), machine()) != plan_cache.key(version, Wishes(), machine())
+
+
+def test_another_canary_of_the_same_model_has_another_key(tmp_path, version):
+    """What it refuses may be what the other one lets run."""
+    on, wishes = machine(), Wishes()
+    path = tmp_path / "1"
+    shutil.copytree(version.path, path)
+    first = plan_cache.key(artifact.load(path), wishes, on)
+    assert first == plan_cache.key(version, wishes, on)
+    facts = json.loads((path / artifact.MANIFEST).read_text())
+    facts["canary"]["probabilities"][0][0] += 1e-3
+    (path / artifact.MANIFEST).write_text(json.dumps(facts))
+    second = plan_cache.key(artifact.load(path), wishes, on)
+    image = facts["canary"]["images"][0]
+    (path / image).write_bytes((path / facts["canary"]["images"][1]).read_bytes())
+    facts["files"][image] = artifact.file_entry(path / image).model_dump()
+    (path / artifact.MANIFEST).write_text(json.dumps(facts))
+    assert len({first, second, plan_cache.key(artifact.load(path), wishes, on)}) == 3
 
 
 def test_the_budget_does_not_change_the_key(version):

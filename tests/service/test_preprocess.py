@@ -160,6 +160,21 @@ GOLDEN = {
         [*HIGH_BYTES[:3], (255, 255, 255)],
         0,
     ),
+    "PNG RGB 16 bits, a transparent colour that only upper bytes have": (
+        raw_png(samples16(SIXTEEN_BIT), 16, 2, [(b"tRNS", struct.pack(">3H", *HIGH_BYTES[3]))]),
+        HIGH_BYTES,
+        0,
+    ),
+    "PNG gray 2 bits, one value transparent": (
+        raw_png(packed((0, 1, 2, 3), 2), 2, 0, [(b"tRNS", struct.pack(">H", 1))]),
+        gray((0, 255, 170, 255)),
+        0,
+    ),
+    "PNG gray 4 bits, one value transparent": (
+        raw_png(packed((0, 5, 10, 15), 4), 4, 0, [(b"tRNS", struct.pack(">H", 10))]),
+        gray((0, 85, 255, 255)),
+        0,
+    ),
     "PNG RGBA 16 bits": (
         raw_png(samples16([(*c, a * 257) for c, a in zip(SIXTEEN_BIT, ALPHAS, strict=True)]), 16, 6),
         over_white(HIGH_BYTES, ALPHAS),
@@ -481,10 +496,18 @@ def test_truncated_images_are_refused(name, kept):
     assert error.image_format == name.split()[0].upper()
 
 
-def test_truncated_jpeg_with_an_end_marker_put_behind_it_is_refused(photos):
-    data = encode(photos[0], "JPEG", quality=90)
+@pytest.mark.parametrize(
+    ("mode", "size"), [("RGB", (640, 427)), ("RGB", (2400, 2400)), ("L", (2400, 2400)), ("CMYK", (512, 512))]
+)
+def test_truncated_jpeg_with_an_end_marker_put_behind_it_is_refused(photos, mode, size):
+    """Whoever decodes it: most would fill in what is missing."""
+    data = encode(photos[0].resize(size).convert(mode), "JPEG", quality=90)
+    large = InputSpec(height=2000, width=2000, channels=3)
 
-    assert refusal(data[: len(data) // 2] + b"\xff\xd9").reason is ImageFault.CORRUPT
+    preprocess(data, large)
+    with pytest.raises(InvalidImageError) as refused:
+        preprocess(data[: len(data) // 2] + b"\xff\xd9", large)
+    assert refused.value.reason is ImageFault.CORRUPT
 
 
 def test_jpeg_with_bytes_after_its_end_is_fine(photos):
@@ -493,13 +516,51 @@ def test_jpeg_with_bytes_after_its_end_is_fine(photos):
     np.testing.assert_array_equal(preprocess(data + b"trailer" * 99, IMAGENET), preprocess(data, IMAGENET))
 
 
-def test_stray_bytes_between_the_segments_of_a_jpeg_are_harmless(photos):
-    data = encode(photos[0], "JPEG", quality=90, restart_marker_blocks=100)
+STRAY = b"\x11\x22\x33"
+
+
+def with_scan_parameters(data):
+    start = data.index(b"\xff\xda")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4])
+    return data[: end - 3] + bytes(3) + data[end:]
+
+
+def with_jfif_2(data):
+    return data.replace(b"JFIF\0\x01", b"JFIF\0\x02", 1)
+
+
+def with_stray_bytes_before_the_end(data):
+    return data[:-2] + STRAY + data[-2:]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mode"),
+    [
+        (with_stray_bytes_before_the_end, "RGB"),
+        (with_stray_bytes_before_the_end, "CMYK"),
+        (with_scan_parameters, "RGB"),
+        (with_scan_parameters, "CMYK"),
+        (with_jfif_2, "L"),
+        (with_jfif_2, "RGB"),
+    ],
+)
+def test_what_is_odd_in_a_jpeg_without_a_pixel_missing_is_harmless(photos, spoil, mode):
+    data = encode(photos[0].convert(mode), "JPEG", quality=90)
+    odd = spoil(data)
+
+    assert odd != data
+    assert np.abs(preprocess(odd, IMAGENET).astype(int) - preprocess(data, IMAGENET)).mean() < 1
+    for kept in (0.6, 0.9):  # damage behind it is found all the same
+        assert refusal(odd[: int(len(odd) * kept)] + b"\xff\xd9").reason is ImageFault.CORRUPT
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_stray_bytes_in_the_pixels_of_a_jpeg_are_damage(photos, mode):
+    """Nothing tells them from a piece that was decoded too short."""
+    data = encode(photos[0].convert(mode), "JPEG", quality=90, restart_marker_blocks=100)
     restart = data.index(b"\xff\xd0")
 
-    found = preprocess(data[:restart] + b"\x11\x22\x33" + data[restart:], IMAGENET)
-
-    assert np.abs(found.astype(int) - preprocess(data, IMAGENET)).mean() < 1
+    assert refusal(data[:restart] + STRAY + data[restart:]).reason is ImageFault.CORRUPT
 
 
 def test_jpeg_of_unusual_sampling_is_decoded(photos):
