@@ -104,6 +104,8 @@ def _opened(data: bytes, header: Header, channels: int, scale: int) -> Image.Ima
         file.load()
         if header.format == "PNG":
             _scale_key(file, data[_DEPTH])
+        if isinstance(file, GifImageFile) and not file.has_transparency_data:
+            return _convert(_on_canvas(file), channels)
         return _convert(file, channels)
 
 
@@ -139,6 +141,16 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         return image.convert("RGBA").convert("RGBa")
     mode = "L" if channels == 1 or image.mode in {"1", "L"} else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def _on_canvas(frame: GifImageFile) -> Image.Image:
+    """A frame that may be smaller than the canvas: nothing is drawn beside it, where Pillow has the first colour."""
+    extent = frame.dispose_extent
+    if extent == (0, 0, *frame.size):
+        return frame
+    canvas = Image.new("RGB", frame.size, "white")
+    canvas.paste(frame.convert("RGB").crop(extent), extent)
+    return canvas
 
 
 def _scale_key(image: Image.Image, bits: int) -> None:

@@ -406,6 +406,18 @@ def test_shrinking_is_antialiased():
     np.testing.assert_allclose(found, 127.5, atol=6)
 
 
+@pytest.mark.parametrize("options", [{}, {"transparency": 3}])
+def test_beside_a_gif_frame_that_is_smaller_than_the_canvas_nothing_is_drawn(options):
+    colours = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
+    image = Image.new("P", (32, 24), 1)
+    image.putpalette([v for colour in colours for v in colour])
+    data = bytearray(encode(image, "GIF", optimize=False, **options))
+    data[6:10] = struct.pack("<HH", 64, 48)
+    data[11] = 2  # the background's colour, which nobody shows
+
+    assert colours_of(preprocess(bytes(data), QUADRANTS)) == [colours[1], *[(255, 255, 255)] * 3]
+
+
 def test_what_lies_under_transparent_pixels_does_not_matter():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)
     pixels[..., 3] = 255 * (pixels[..., 3] > 100)
