@@ -427,7 +427,8 @@ class Process:
 
 def environment(changes=None):
     """This process's environment, able to import the checkout, without settings of its own; and the changes."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CONVOY_")}
+    own = ("CONVOY_", "ORT_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(changes or {})}
 

@@ -24,7 +24,9 @@ def convoy(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "service", "plan", *map(str, arguments)],
             cwd=ROOT,
-            env=environment({"CONVOY_CACHE_DIR": str(tmp_path / "cache"), "COLUMNS": "100"}),
+            env=environment(
+                {"CONVOY_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path / "home"), "COLUMNS": "100"}
+            ),
             capture_output=True,
             text=True,
             check=False,
@@ -42,6 +44,12 @@ def test_the_table_says_what_was_chosen_and_from_what(convoy, version):
     assert next(row for row in rows if row[:1] == ["chosen"])[1:3] == ["int8", "cpu"]
     assert next(row for row in rows if row[:1] == ["slower"])[1:3] == ["fp32", "cpu"]
     assert "measured in" in shown
+
+
+def test_onnx_runtime_reports_nothing_and_keeps_no_identifier(convoy, version, tmp_path):
+    (tmp_path / "home").mkdir()
+    assert convoy(version.path, "--providers", "cpu")[0] == Exit.OK
+    assert not list((tmp_path / "home").rglob("*"))
 
 
 def test_the_second_time_it_is_remembered(convoy, version):
