@@ -36,7 +36,8 @@ def free_batch(model: onnx.ModelProto, image: ImageInput) -> None:
             dims[0].dim_param = _BATCH
     model.graph.ClearField("value_info")  # shapes in it are of the old batch
     if image.batch is not None:
-        for node in [node for node in model.graph.node if node.op_type == "Reshape"]:
+        depending = _depending(model.graph, image.name)
+        for node in [node for node in model.graph.node if node.op_type == "Reshape" and node.input[0] in depending]:
             _free_reshape(model.graph, node, image.batch)
 
 
@@ -52,8 +53,12 @@ def wrap(model: onnx.ModelProto, image: ImageInput, output: str, rule: Normalisa
         scores: what the output means.
         classes: K.
     """
-    wrapped = onnx.compose.add_prefix(model, _PREFIX)
+    wrapped = onnx.ModelProto()
+    wrapped.CopyFrom(model)
     graph = wrapped.graph
+    # onnx renames a graph's weights after the branches of its If nodes, which read them too, unless it is told before.
+    weights = {tensor.name: _PREFIX + tensor.name for tensor in graph.initializer}
+    onnx.compose.add_prefix_graph(graph, _PREFIX, inplace=True, name_map=weights)
     front, constants = _front(image, rule)
     end = _end(_PREFIX + output, scores, classes)
     body = list(graph.node)
@@ -76,7 +81,8 @@ def wrap(model: onnx.ModelProto, image: ImageInput, output: str, rule: Normalisa
     graph.node.extend([*front, *body, *end[0]])
     graph.initializer.extend([*constants, *end[1]])
     wrapped.ClearField("metadata_props")
-    fold_scale(wrapped)
+    if not any(_has_branches(node) for node in body):  # they may read the weights that the scale would go into
+        fold_scale(wrapped)
     return wrapped
 
 
@@ -129,6 +135,20 @@ def _end(output: str, scores: Scores, classes: int) -> tuple[list[onnx.NodeProto
     return nodes, constants
 
 
+def _depending(graph: onnx.GraphProto, image: str) -> set[str]:
+    """Names of the values that depend on the images; a bias that is reshaped to [1, C, 1, 1] does not."""
+    names = {image}
+    for node in graph.node:  # an ONNX graph is in the order of its computation
+        if names.intersection(node.input) or _has_branches(node):
+            names.update(node.output)
+    return names
+
+
+def _has_branches(node: onnx.NodeProto) -> bool:
+    """Whether a node holds graphs of its own, as If and Loop do: they read values that its inputs do not name."""
+    return any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+
+
 def _free_reshape(graph: onnx.GraphProto, node: onnx.NodeProto, batch: int) -> None:
     """Replaces a written-down batch in a Reshape's target by "as it comes"."""
     target = _constant(graph, node.input[1])
@@ -146,5 +166,8 @@ def _constant(graph: onnx.GraphProto, name: str) -> NDArray[np.int64] | None:
     tensor = next((entry for entry in graph.initializer if entry.name == name), None)
     if tensor is None:
         node = next((entry for entry in graph.node if entry.op_type == "Constant" and name in entry.output), None)
-        tensor = next((a.t for a in node.attribute if a.name == "value"), None) if node else None
+        fields = {attribute.name: attribute for attribute in node.attribute} if node else {}
+        if "value_ints" in fields:
+            return np.array(fields["value_ints"].ints, np.int64)
+        tensor = fields["value"].t if "value" in fields else None
     return None if tensor is None else numpy_helper.to_array(tensor)

@@ -51,7 +51,7 @@ def import_version(request: Request, repository: Path) -> Path:
     package.check_name(request.name)
     classes = read_labels(request.labels)
     original = foreign.read(request.model)
-    image = foreign.image_input(original, request.layout, request.size)
+    image = foreign.image_input(original, request.layout, request.size, _told_channels(request))
     output = foreign.output_name(original, request.output)
     rule = conventions.normalisation(request, image.channels)
     spec = conventions.input_spec(request, image.height, image.width, image.channels)
@@ -97,11 +97,13 @@ def read_labels(path: Path) -> tuple[str, ...]:
         DataError: the file cannot be read, has an empty line between two classes, or fewer than two classes.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        text = path.read_text(encoding="utf-8-sig").rstrip()  # CR and CRLF are LF already
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the labels {path} cannot be read: {error}; give a UTF-8 text with one class per line"
         ) from None
+    # Not splitlines, which takes U+2028, U+0085 or a form feed within a name for the end of a line too.
+    lines = [line.strip() for line in text.split("\n")] if text else []
     if "" in lines:
         raise DataError(f"{path} has an empty line at {lines.index('') + 1}; every line is the name of a class")
     if len(lines) < 2:  # noqa: PLR2004  a classifier tells at least two things apart
@@ -149,19 +151,32 @@ def _original_answers(
 ) -> NDArray[np.float32]:
     """Scores float32[N, K] of the graph as it came, in its own batch size."""
     session = ForeignSession(model.SerializeToString(), output)
-    x = rule.apply(pixels, image.layout, image.dtype)
     step = image.batch or 8
     parts = []
-    for start in range(0, len(x), step):
-        chunk = x[start : start + step]
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk), axis=0)])
-        parts.append(session.run(padded)[: len(chunk)])
+    for start in range(0, len(pixels), step):
+        chunk = pixels[start : start + step]
+        # One by one: the rule computes in float64, and all images at once would take gigabytes.
+        x = np.concatenate([rule.apply(one[None], image.layout, image.dtype) for one in chunk])
+        padded = np.concatenate([x, np.repeat(x[-1:], step - len(x), axis=0)])
+        parts.append(session.run(padded)[: len(x)])
     answers = np.concatenate(parts)
     flat = answers.reshape(len(answers), -1)
-    if len(flat) != len(x) or answers.ndim < 2 or flat.shape[1] != answers.shape[1]:  # noqa: PLR2004  [N, K]
+    if len(flat) != len(pixels) or answers.ndim < 2 or flat.shape[1] != answers.shape[1]:  # noqa: PLR2004  [N, K]
         shape = list(parts[0].shape)
         raise ArtifactError(f"output {output} has shape {shape} for {step} images; a classifier gives [N, classes]")
+    broken = int((~np.isfinite(flat)).any(axis=1).sum())
+    if broken:
+        raise ArtifactError(
+            f"the model's answers are not finite (NaN or infinite) on {broken} of {len(flat)} images; "
+            "are its weights whole, and do --preset, --mean and --std fit it?"
+        )
     return flat
+
+
+def _told_channels(request: Request) -> int | None:
+    """How many channels --mean and --std speak of, if they do."""
+    longest = max(len(request.mean or ()), len(request.std or ()))
+    return longest if longest in {1, 3} else None
 
 
 def _outputs(answers: NDArray[np.float32], scores: Scores) -> Outputs:

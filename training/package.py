@@ -163,7 +163,7 @@ def check_name(name: str) -> None:
     Raises:
         ConfigurationError: it has other characters than the contract allows.
     """
-    if not re.match(artifact.NAME_PATTERN, name):
+    if not re.fullmatch(artifact.NAME_PATTERN, name):  # match lets a line feed at the end pass
         raise ConfigurationError(
             f"the name {name!r} may hold letters, digits and ._- only, and begins with one of the former"
         )

@@ -109,13 +109,15 @@ class ForeignSession:
         """One batch.
 
         Raises:
-            ArtifactError: the graph fails on it.
+            ArtifactError: the graph fails on it, or its output is not made of numbers.
         """
         name = self._session.get_inputs()[0].name
         try:
             (found,) = self._session.run([self._output], {name: x})
         except Exception as error:  # see above
             raise ArtifactError(f"the model fails on an input of shape {x.shape}: {_first_line(error)}") from error
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiub":  # text, or a list of tensors or maps
+            raise ArtifactError(f"output {self._output} is no tensor of numbers; choose the scores with --output")
         return np.asarray(found, np.float32)
 
 

@@ -75,7 +75,10 @@ class Trained:
         doubles = sorted({name for name in self.classes if self.classes.count(name) > 1})
         label_range = len(labels) == 0 or (labels.min() >= 0 and labels.max() < len(self.classes))
         return [
-            (not re.match(NAME_PATTERN, self.name), f"the name {self.name!r} may hold letters, digits and ._- only"),
+            (
+                not re.fullmatch(NAME_PATTERN, self.name),
+                f"the name {self.name!r} may hold letters, digits and ._- only",
+            ),
             (len(self.classes) < 2, f"a classifier needs two classes, there are {len(self.classes)}"),  # noqa: PLR2004
             (bool(doubles), f"classes appear twice: {', '.join(doubles)}"),
             (len(self.mean) != channels or len(self.std) != channels, f"mean and std need {channels} values"),

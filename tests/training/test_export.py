@@ -199,6 +199,7 @@ def test_a_model_that_is_too_large_is_refused_before_anything_else(digits_traine
     ("change", "message"),
     [
         ({"name": "a/b"}, "'a/b' may hold letters"),
+        ({"name": "digits\n"}, r"'digits\\n' may hold letters"),
         ({"classes": ("one",)}, "needs two classes"),
         ({"classes": ("a", "a", *"bcdefghi")}, "classes appear twice: a"),
         ({"mean": (0.1, 0.2, 0.3)}, "mean and std need 1 values"),

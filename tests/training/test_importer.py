@@ -1,7 +1,9 @@
 import dataclasses
 import functools
 import logging
+import os
 import tempfile
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
@@ -210,6 +213,79 @@ def test_a_batch_written_into_a_constant_node_is_freed(tmp_path, request_for, re
     np.testing.assert_allclose(ask(version, pixels).logits, flat @ weights, atol=1e-4)
 
 
+def test_a_batch_written_as_a_list_of_integers_is_freed(tmp_path, request_for, repository):
+    weights = np.random.default_rng(0).normal(size=(192, 5)).astype(np.float32)
+    body = [
+        helper.make_node("Constant", [], ["target"], value_ints=[1, 192]),
+        helper.make_node("Reshape", ["x", "target"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["y"]),
+    ]
+    path, constants = tmp_path / "net.onnx", [("weights", weights)]
+    hand_made(path, shape=[1, 3, 8, 8], body=body, output={"y": [1, 5]}, initializers=constants)
+
+    version = import_version(request_for(preset="zero-one"), repository)
+
+    pixels = random_pixels(5, 8, 8)
+    flat = (pixels / 255).transpose(0, 3, 1, 2).reshape(5, -1)
+    np.testing.assert_allclose(ask(version, pixels).logits, flat @ weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["initializer", "node", "computed"])
+def test_a_bias_that_the_graph_reshapes_is_not_taken_for_a_batch(tmp_path, request_for, repository, kind):
+    body, weights = pooled()
+    bias = np.array([0.1, 0.2, 0.3], np.float32)
+    constants = [("weights", weights), ("target", np.array([1, 3, 1, 1]))]
+    if kind == "node":
+        body.insert(0, helper.make_node("Constant", [], ["bias"], value=numpy_helper.from_array(bias)))
+    else:
+        constants.append(("bias", bias))
+    source = "bias"
+    if kind == "computed":
+        body.insert(0, helper.make_node("Neg", ["bias"], ["negative"]))
+        body.insert(1, helper.make_node("Neg", ["negative"], ["positive"]))
+        source = "positive"
+    body[-2:-2] = [
+        helper.make_node("Reshape", [source, "target"], ["per_channel"]),
+        helper.make_node("Add", ["x", "per_channel"], ["moved"]),
+    ]
+    body[-2].input[0] = "moved"
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=[1, 3, 8, 8], body=body, output={"y": [1, 5]}, initializers=constants)
+
+    version = import_version(request_for(preset="zero-one"), repository)
+
+    pixels = random_pixels(5, 8, 8)
+    wanted = ((pixels / 255).mean((1, 2)) + bias) @ weights
+    np.testing.assert_allclose(ask(version, pixels).logits, wanted, atol=1e-4)
+
+
+def test_weights_that_branches_read_stay_what_they_are(tmp_path, request_for, repository):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(5, 3, 1, 1)).astype(np.float32)
+
+    def branch(operation):
+        output = helper.make_tensor_value_info(operation, TensorProto.FLOAT, None)
+        body = [
+            helper.make_node("ReduceSum", ["kernel"], ["sum"], keepdims=0),
+            helper.make_node(operation, ["pooled", "sum"], [operation]),
+        ]
+        return helper.make_graph(body, operation, [], [output])
+
+    body = [
+        helper.make_node("Conv", ["x", "kernel"], ["maps"]),
+        helper.make_node("ReduceMean", ["maps"], ["pooled"], axes=[2, 3], keepdims=0),
+        helper.make_node("If", ["condition"], ["y"], then_branch=branch("Mul"), else_branch=branch("Add")),
+    ]
+    path, constants = tmp_path / "net.onnx", [("kernel", kernel), ("condition", np.array(True))]
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5]}, initializers=constants)
+
+    version = import_version(request_for(preset="zero-one"), repository)
+
+    pixels = random_pixels(5, 8, 8)
+    wanted = (pixels / 255).mean((1, 2)) @ kernel[:, :, 0, 0].T * kernel.sum()
+    np.testing.assert_allclose(ask(version, pixels).logits, wanted, atol=1e-4)
+
+
 def test_operations_that_onnx_runtime_does_not_know_are_named(tmp_path, request_for, repository):
     path = tmp_path / "net.onnx"
     body = [helper.make_node("Unheard", ["x"], ["y"], domain="com.example")]
@@ -385,6 +461,7 @@ def test_given_canary_images_go_into_the_version(tmp_path, request_for, reposito
         ({"size": (25, 32)}, "contradicts"),
         ({"output": "nothing"}, "has no output nothing"),
         ({"name": "a/b"}, "letters, digits"),
+        ({"name": "net\n"}, "letters, digits"),
         ({"resize": "crop", "shorter_side": 100_000}, "shorter side of 100000 cannot be"),
         ({"scores": "probabilities"}, "are no probabilities; say --scores logits"),
     ],
@@ -416,6 +493,31 @@ def test_what_the_shape_leaves_open_has_to_be_said(tmp_path, request_for, reposi
 
     with pytest.raises(ConfigurationError, match=message):
         import_version(request_for(), repository)
+
+
+def test_open_channels_have_to_be_said(tmp_path, request_for, repository):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", "c", 8, 8], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+
+    with pytest.raises(ConfigurationError, match="give --mean and --std with three values for colour, or one for grey"):
+        import_version(request_for(layout="nchw"), repository)
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean", "std"),
+    [(1, (0.1,), (0.5,)), (3, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), (3, (0.1, 0.2, 0.3), (0.5,))],
+)
+def test_the_mean_and_std_tell_open_channels(tmp_path, request_for, repository, channels, mean, std):
+    body, weights = pooled(channels=channels)
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", "c", 8, 8], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+
+    version = import_version(request_for(layout="nchw", mean=mean, std=std), repository)
+
+    pixels = random_pixels(2, 8, 8, channels)
+    x = (pixels / 255 - mean) / std
+    np.testing.assert_allclose(ask(version, pixels).logits, x.mean((1, 2)) @ weights, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [["n", 3, "h", "w"], [None, 3, None, None], [-1, 3, -1, -1]])
@@ -451,6 +553,36 @@ def test_an_output_that_is_no_list_of_scores_is_refused(tmp_path, request_for, r
 
     with pytest.raises(ArtifactError, match=r"a classifier gives \[N, classes\]"):
         import_version(request_for(), repository)
+
+
+def test_an_output_of_text_is_refused(tmp_path, request_for, repository):
+    body, weights = pooled()
+    body += [
+        helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0),
+        helper.make_node("Gather", ["names", "best"], ["label"]),
+    ]
+    constants = [("weights", weights), ("names", np.array(CLASSES, object))]
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5]}, initializers=constants)
+    model = onnx.load(path)
+    model.graph.output.append(helper.make_tensor_value_info("label", TensorProto.STRING, ["n"]))
+    onnx.save(model, path)
+
+    with pytest.raises(ArtifactError, match="output label is no tensor of numbers; choose the scores with --output"):
+        import_version(request_for(output="label"), repository)
+    assert import_version(request_for(output="y"), repository).name == "1"
+
+
+@pytest.mark.parametrize("scores", [None, "logits", "probabilities"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_answers_that_are_not_finite_are_called_that(tmp_path, request_for, repository, scores, value):
+    body, weights = pooled()
+    weights[0, 1] = value
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+
+    with pytest.raises(ArtifactError, match=r"answers are not finite \(NaN or infinite\) on 64 of 64 images"):
+        import_version(request_for(scores=scores), repository)
 
 
 def test_independent_yes_or_no_scores_are_not_taken_for_a_classifier(tmp_path, request_for, repository):
@@ -514,12 +646,87 @@ def test_equal_labels_are_told_apart_by_their_index(tmp_path):
     assert importer.read_labels(path) == ("crane (0)", "owl", "crane (2)")
 
 
+@pytest.mark.parametrize("between", ["\u2028", "\u0085", "\f", "\v"])
+def test_only_ends_of_lines_end_a_label(tmp_path, between):
+    path = tmp_path / "labels.txt"
+    path.write_bytes(f"whooping{between}crane\r\nowl\rdove\nfinch\n".encode())
+
+    assert importer.read_labels(path) == (f"whooping{between}crane", "owl", "dove", "finch")
+
+
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x07"])
 def test_files_that_are_no_models_are_refused(tmp_path, request_for, repository, content):
     (tmp_path / "net.onnx").write_bytes(content)
 
     with pytest.raises(ArtifactError, match=r"net\.onnx is not"):
         import_version(request_for(), repository)
+
+
+@pytest.mark.filterwarnings("ignore:The onnxtxt format is experimental")
+@pytest.mark.parametrize("suffix", ["pbtxt", "json", "onnxtxt"])
+def test_text_that_is_no_model_is_refused(tmp_path, request_for, repository, suffix):
+    path = tmp_path / f"net.{suffix}"
+    path.write_text('{"a": 1}')
+
+    with pytest.raises(ArtifactError, match=rf"net\.{suffix} is not an ONNX model that can be read"):
+        import_version(request_for(model=path), repository)
+
+
+def test_a_file_above_two_gibibytes_is_refused_before_it_is_read(tmp_path, request_for, repository):
+    (tmp_path / "net.onnx").touch()
+    os.truncate(tmp_path / "net.onnx", 1 << 31)  # takes no room on the disk
+
+    with pytest.raises(TrainingError, match=r"2\.00 GiB of weights, and a model file without external data ends"):
+        import_version(request_for(), repository)
+
+
+def test_external_data_above_two_gibibytes_is_refused_before_it_is_read(tmp_path, request_for, repository):
+    body, weights = pooled()
+    path = tmp_path / "net.onnx"
+    hand_made(path, shape=["n", 3, 8, 8], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+    model, length = onnx.load(path), 1 << 31
+    huge = TensorProto(name="huge", data_type=TensorProto.FLOAT, dims=[length // 4], data_location="EXTERNAL")
+    for key, value in (("location", "net.data"), ("length", str(length))):
+        huge.external_data.add(key=key, value=value)
+    model.graph.initializer.append(huge)
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "net.data").touch()
+    os.truncate(tmp_path / "net.data", length)
+
+    with pytest.raises(TrainingError, match=r"2\.00 GiB of weights"):
+        import_version(request_for(), repository)
+
+
+def test_what_protocol_buffers_cannot_count_is_too_large(tmp_path, request_for, repository, monkeypatch):
+    class Huge:
+        """A model that has grown beyond 2 GiB, without the memory for it."""
+
+        graph = helper.make_graph(pooled()[0], "huge", [], [helper.make_tensor_value_info("y", 1, ["n", 5])])
+
+        def ByteSize(self):  # noqa: N802  protocol buffers name it so
+            raise EncodeError("Failed to serialize proto")
+
+    (tmp_path / "net.onnx").touch()
+    monkeypatch.setattr(onnx, "load", lambda *_, **__: Huge())
+    monkeypatch.setattr(onnx, "load_external_data_for_model", lambda *_: None)
+
+    with pytest.raises(TrainingError, match=r"2\.00 GiB of weights"):
+        import_version(request_for(), repository)
+
+
+def test_normalising_the_images_takes_less_memory_than_all_of_them_as_floats(tmp_path, request_for, repository):
+    body, weights = pooled()
+    path, side = tmp_path / "net.onnx", 128
+    hand_made(path, shape=["n", 3, side, side], body=body, output={"y": ["n", 5]}, initializers=[("weights", weights)])
+
+    tracemalloc.start()
+    try:
+        import_version(request_for(), repository)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 64 * side * side * 3 * np.dtype(np.float64).itemsize
 
 
 def test_a_missing_model_is_named(request_for, repository):
