@@ -16,10 +16,10 @@ from torch import Tensor
 
 from service.errors import TrainingError
 from training.graph import Servable
-from training.runtime import Outputs, Session
+from training.runtime import MOST_AT_ONCE, Outputs, Session, at_once
 
 _SMALL_BATCHES = (1, 2, 7)
-BATCHES = (*_SMALL_BATCHES, 64)
+BATCHES = (*_SMALL_BATCHES, MOST_AT_ONCE)
 # Largest difference of a probability. float32 on two runtimes differs by about 1e-6.
 MAX_PROBABILITY_DIFFERENCE = 1e-3
 # Largest difference of a logit, as a share of the largest logit: it still sees errors where probabilities saturate.
@@ -52,6 +52,11 @@ class Parity:
 def batches_up_to(largest: int) -> tuple[int, ...]:
     """One image, two, an odd number, and the largest batch that has to work."""
     return tuple(sorted({*_SMALL_BATCHES, largest}))
+
+
+def batches_of(height: int, width: int) -> tuple[int, ...]:
+    """`BATCHES`, with fewer images in the largest where 64 of this size would take many gigabytes."""
+    return batches_up_to(max(_SMALL_BATCHES[-1], at_once(height, width)))
 
 
 def reference(

@@ -55,7 +55,8 @@ def import_version(request: Request, repository: Path) -> Path:
     output = foreign.output_name(original, request.output)
     rule = conventions.normalisation(request, image.channels)
     spec = conventions.input_spec(request, image.height, image.width, image.channels)
-    pixels = drawn_images(spec.height, spec.width, spec.channels, max(gates.BATCHES))
+    batches = gates.batches_of(spec.height, spec.width)
+    pixels = drawn_images(spec.height, spec.width, spec.channels, max(batches))
     answers = _original_answers(original, image, output, rule, pixels)
     if answers.shape[1] != len(classes):
         raise ArtifactError(_miscounted(request.labels, len(classes), answers.shape[1]))
@@ -66,7 +67,7 @@ def import_version(request: Request, repository: Path) -> Path:
     serialised = adapt.wrap(original, image, output, rule, scores, len(classes)).SerializeToString(deterministic=True)
     check_size(len(serialised))
     session = Session(serialised)
-    parity = gates.check_parity(session, _outputs(answers, scores), pixels, original=_ORIGINAL)
+    parity = gates.check_parity(session, _outputs(answers, scores), pixels, batches, _ORIGINAL)
     variant = Variant(
         name="fp32",
         file=MODEL,

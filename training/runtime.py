@@ -22,6 +22,9 @@ TENSORRT = "TensorrtExecutionProvider"
 
 _GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
+MOST_AT_ONCE = 64
+_PIXELS_AT_ONCE = MOST_AT_ONCE * 384 * 384
+
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors arrive as exceptions, and need not be printed twice
 
 
@@ -81,8 +84,9 @@ class Session:
             ) from error
         return Outputs(*found)
 
-    def run_all(self, pixels: NDArray[np.uint8], batch: int = 64) -> Outputs:
-        """Any number of images, `batch` at a time; see `run`."""
+    def run_all(self, pixels: NDArray[np.uint8]) -> Outputs:
+        """Any number of images, a few at a time; see `run`."""
+        batch = at_once(*pixels.shape[1:3])
         parts = [self.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
         return Outputs(np.concatenate([p.logits for p in parts]), np.concatenate([p.probabilities for p in parts]))
 
@@ -119,6 +123,11 @@ class ForeignSession:
         if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiub":  # text, or a list of tensors or maps
             raise ArtifactError(f"output {self._output} is no tensor of numbers; choose the scores with --output")
         return np.asarray(found, np.float32)
+
+
+def at_once(height: int, width: int) -> int:
+    """Images of a batch where any number will do; fewer of large ones: activations take some hundred bytes a pixel."""
+    return max(1, min(MOST_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
 
 
 def usable(provider: str) -> bool:

@@ -147,3 +147,9 @@ def test_the_largest_batch_is_tried_beside_the_small_ones():
     assert gates.batches_up_to(64) == gates.BATCHES
     assert gates.batches_up_to(16) == (1, 2, 7, 16)
     assert gates.batches_up_to(2) == (1, 2, 7)
+
+
+def test_large_images_are_not_compared_by_the_gigabyte() -> None:
+    assert gates.batches_of(28, 28) == gates.batches_of(299, 299) == gates.BATCHES
+    assert gates.batches_of(1024, 1024) == (1, 2, 7, 9)
+    assert gates.batches_of(4096, 4096) == (1, 2, 7)
