@@ -9,13 +9,11 @@ Routes and versions change on the event loop only, so a request sees either the 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from service import logs
 from service.errors import (
@@ -31,6 +29,7 @@ from service.errors import (
     OutOfReachError,
 )
 from service.metrics import Metrics
+from service.model_state import ModelState
 from service.resources import trim_memory
 from service.routing import Routing
 from service.serving import ServedModel
@@ -40,41 +39,6 @@ _log = logs.get("repository")
 
 # Loads a version from its directory; gives its canary's largest difference, too. Blocking.
 Loader = Callable[[Path, bool], tuple[ServedModel, float]]
-
-
-# After a failure that may pass, a version is tried again after so many seconds, then after twice as many, and so on.
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 300.0
-
-
-# These are not the files' fault; damage of the files stays until they change.
-_PASSING = (OutOfReachError, OutOfMemoryError)
-
-
-class _Again(NamedTuple):
-    """When a version is to be tried again (monotonic seconds), and how long that pause was."""
-
-    at: float
-    pause_s: float
-
-
-@dataclass
-class _Model:
-    routing: Routing
-    served: dict[int, ServedModel] = field(default_factory=dict)
-    seen: dict[int, Fingerprint] = field(default_factory=dict)  # of each version at its last load, good or bad
-    failed: dict[int, str] = field(default_factory=dict)
-    again: dict[int, _Again] = field(default_factory=dict)  # of those that failed for a reason that may pass
-    by_hand: dict[int, bool] = field(default_factory=dict)  # versions that an operator loaded (True) or unloaded
-    unloaded: bool = False
-    loading: int = 0  # loads under way, or waiting for their turn
-    settled: bool = False  # all that its routing needs has been loaded, or has failed to
-
-    def needed(self, present: list[int]) -> list[int]:
-        """Versions that have to be in service: the routing's, changed by what was done by hand."""
-        wanted = {number for number in present if self.by_hand.get(number, False)}
-        refused = {number for number, loaded in self.by_hand.items() if not loaded}
-        return sorted({*self.routing.needed(present), *wanted} - refused)
 
 
 class Repository:
@@ -108,7 +72,7 @@ class Repository:
         self._names = names
         self._routings = dict(routings or {})
         self._release_timeout_s = release_timeout_s
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, ModelState] = {}
         self._changing = asyncio.Lock()  # one load at a time: two would fight for the CPU with the traffic
         self._touched: set[str] = set()  # models that an operator changed since the source was last looked at
         self._releases: set[asyncio.Task[None]] = set()
@@ -130,7 +94,7 @@ class Repository:
         """
         model = self._find(name)
         if number is None:
-            return self._routed(model)
+            return model.answering()
         if number not in model.served:
             known = ", ".join(map(str, sorted(model.served)))
             raise NotFoundError(f"the model has no version {number}; served are: {known}")
@@ -139,18 +103,12 @@ class Repository:
     def default(self, name: str) -> ServedModel | None:
         """The version that gets most of the traffic: the heaviest of the split, else the latest; None if none does."""
         model = self._models.get(name)
-        weights = self._weights(model) if model else {}
-        if model is None or not weights:
-            return None
-        return model.served[max(weights, key=lambda number: (weights[number], number))]
+        return model.default() if model else None
 
     def shadow(self, name: str, answering: ServedModel) -> ServedModel | None:
         """The version that gets a copy of a request, if there is one beside the one that answers."""
         model = self._models.get(name)
-        if model is None or model.routing.shadow is None:
-            return None
-        found = model.served.get(model.routing.shadow)
-        return None if found is answering else found
+        return model.shadow(answering) if model else None
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Every served version, by name and number."""
@@ -220,7 +178,8 @@ class Repository:
             _log.warning("repository cannot be read", error=str(error))
             return
         self._metrics.repository_reachable.set(1)
-        self._forget(present)
+        for name, model in self._models.items():
+            model.forget_failures(present.get(name, []))
         for name, numbers in sorted(present.items()):
             known = self._models.get(name)
             if name in (self._names or present) and (known is None or not known.unloaded):
@@ -248,7 +207,7 @@ class Repository:
     async def _load_again(self, name: str, number: int | None) -> None:
         await self._numbers(name, number)  # of a model that is not there nothing is noted
         model = self._model(name)
-        with _loading(model):
+        with model.loading():
             async with self._changing:
                 present = await self._numbers(name, number)  # now that it is its turn
                 if number is None:
@@ -364,56 +323,27 @@ class Repository:
         task.add_done_callback(self._changes.discard)
         await asyncio.shield(task)
 
-    def _find(self, name: str) -> _Model:
+    def _find(self, name: str) -> ModelState:
         if not name and self._complete:
             serving = list(self.names())
             name = serving[0] if len(serving) == 1 else name
         model = self._models.get(name)
-        if model is not None and model.served and model.settled:
+        if model is not None and model.ready:
             return model
-        if not self._complete or (model is not None and (model.served or model.loading)):
+        if not self._complete or (model is not None and model.coming):
             raise ModelNotReadyError("models are still being loaded", retry_after_ms=500)
         known = ", ".join(sorted(self.names())) or "none"
         raise NotFoundError(f"there is no model {name!r}; served are: {known}" if name else f"name the model: {known}")
-
-    def _routed(self, model: _Model) -> ServedModel:
-        weights = self._weights(model)
-        if not weights:
-            raise NotFoundError("no version of the model answers: its shadow is all that is in service")
-        if len(weights) == 1:
-            return model.served[next(iter(weights))]
-        chosen = random.choices(list(weights), list(weights.values()))[0]
-        return model.served[chosen]
-
-    def _weights(self, model: _Model) -> dict[int, float]:
-        """The split over versions that are in service; without one, the latest that is no shadow. Empty: none."""
-        split = {number: weight for number, weight in model.routing.traffic.items() if number in model.served}
-        if split:
-            return split
-        answering = [number for number in model.served if number != model.routing.shadow]
-        return {max(answering): 1.0} if answering else {}
 
     def _routing_for(self, name: str) -> Routing:
         known = self._models.get(name)
         return known.routing if known else self._routings.get(name, Routing())
 
-    def _model(self, name: str) -> _Model:
+    def _model(self, name: str) -> ModelState:
         if name not in self._models:
-            self._models[name] = _Model(self._routing_for(name))
-            self._metrics.model_known(name, lambda: self._queued(name))
+            model = self._models[name] = ModelState(self._routing_for(name))
+            self._metrics.model_known(name, lambda: model.queued_images)
         return self._models[name]
-
-    def _queued(self, name: str) -> int:
-        return sum(served.batcher.queued_images for served in list(self._models[name].served.values()))
-
-    def _forget(self, present: Mapping[str, list[int]]) -> None:
-        """Versions that failed to load and are gone from the source are no failures any more."""
-        for name, model in self._models.items():
-            for number in set(model.failed).difference(present.get(name, [])):
-                del model.failed[number]
-                model.again.pop(number, None)
-                if number not in model.served:
-                    model.seen.pop(number, None)
 
     async def _present(self, *, everything: bool = False) -> dict[str, list[int]]:
         present = await asyncio.to_thread(self._source.models)
@@ -439,7 +369,7 @@ class Repository:
         """
         model = self._model(name)
         try:
-            with _loading(model):
+            with model.loading():
                 for number in model.needed(present):
                     with suppress(*(() if strict else (ConvoyError,))):
                         await self._replace(name, number, force=force, unless_served=strict)
@@ -448,20 +378,8 @@ class Repository:
         self._retire_others(name, present)
 
     def _retire_others(self, name: str, present: list[int]) -> None:
-        """What is not needed any more goes when all that is to answer in its place is served.
-
-        Neither the shadow nor what was loaded by hand is such. What is gone from the source goes as soon as one that
-        is to answer is there: somebody took it away, and another that does not load must not keep it.
-        """
-        model = self._models[name]
-        needed = model.needed(present)
-        successors = set(model.routing.answering(present)).intersection(needed)
-        if successors.isdisjoint(model.served):
-            return
-        complete = successors <= model.served.keys()
-        for number in [number for number in model.served if number not in needed]:
-            if complete or number not in present:
-                self._withdraw(name, number)
+        for number in self._models[name].superseded(present):
+            self._withdraw(name, number)
 
     def _withdraw(self, name: str, number: int) -> None:
         """Takes a version out of service; when it is needed again it is loaded again."""
@@ -479,16 +397,12 @@ class Repository:
         """
         model = self._model(name)
         fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
-        wanted = force or (unless_served and number not in model.served) or self._may_try_again(model, number)
+        wanted = force or (unless_served and number not in model.served) or model.may_try_again(number, self._clock())
         if not wanted and model.seen.get(number) == fingerprint:
             return
         if not fingerprint and number in model.served:
             return  # gone from the source: what is served stays until something takes its place
         self._admit(model, *await self._loaded(name, number, fingerprint))
-
-    def _may_try_again(self, model: _Model, number: int) -> bool:
-        again = model.again.get(number)
-        return again is not None and self._clock() >= again.at
 
     async def _loaded_beside(self, name: str, numbers: Iterable[int]) -> list[tuple[ServedModel, float]]:
         """Those versions that are not in service as they are in the source now; all of them, or none."""
@@ -526,22 +440,14 @@ class Repository:
             failure = ArtifactError(f"{name} version {number} cannot be loaded: {type(error).__name__}: {error}")
             failure.__cause__ = error
         else:
-            model.again.pop(number, None)
+            model.note_success(number)
             return served, difference
-        self._note_failure(model, name, number, failure)
-        raise failure
-
-    def _note_failure(self, model: _Model, name: str, number: int, failure: ConvoyError) -> None:
-        """Counts it and keeps it; of a reason that may pass also when to try again, after ever longer pauses."""
-        model.failed[number] = str(failure)
-        last = model.again.pop(number, None)
-        if isinstance(failure, _PASSING):
-            pause_s = min(2 * last.pause_s, _LONGEST_PAUSE_S) if last else _FIRST_PAUSE_S
-            model.again[number] = _Again(self._clock() + pause_s, pause_s)
+        model.note_failure(number, failure, self._clock())
         self._metrics.model_load_failures.labels(model=name).inc()
         _log.error("model not loaded", model=name, version=number, error=str(failure))
+        raise failure
 
-    def _admit(self, model: _Model, served: ServedModel, difference: float) -> None:
+    def _admit(self, model: ModelState, served: ServedModel, difference: float) -> None:
         """From the next request on this version is in service."""
         served.batcher.start()
         if served.number in model.served:
@@ -586,16 +492,6 @@ async def _check_name(served: ServedModel, name: str, path: Path) -> None:
     if served.name != name:
         await served.release(0)
         raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
-
-
-@contextmanager
-def _loading(model: _Model) -> Iterator[None]:
-    """While it lasts, a model without a version in service is not ready, rather than unknown."""
-    model.loading += 1
-    try:
-        yield
-    finally:
-        model.loading -= 1
 
 
 def _nobody_answers(name: str, routing: Routing, numbers: list[int]) -> str:
