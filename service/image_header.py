@@ -19,8 +19,11 @@ from service.errors import ImageFault, InvalidImageError
 MAX_BLOCKS = jpeg_markers.MAX_BLOCKS
 
 # Each scan of a JPEG visits every block of the image, and can be ten bytes long. Of a progressive one encoders write
-# about ten; a sequential one has each of its components in one.
+# about ten; a sequential one has each of its components in one. Large images may have fewer: decoding cannot be
+# interrupted, and visiting all blocks of so many pixels takes about a second.
 MAX_SCANS = 200
+_MAX_VISITED_PIXELS = 1_280_000_000
+_ALWAYS_SCANS = 20
 
 # Pillow joins them one by one. More than one is rare: 64 KiB hold what cameras write.
 MAX_EXIF_SEGMENTS = 64
@@ -102,10 +105,15 @@ def _jpeg(data: bytes) -> Header:
                 orientation = exif.orientation(data[start + 6 : end])
     if exif_segments > MAX_EXIF_SEGMENTS:
         raise _corrupt("JPEG", f"it has more than {MAX_EXIF_SEGMENTS} EXIF segments")
-    scans = MAX_SCANS if process in _PROGRESSIVE_SOF else components
+    scans = _most_scans(width * height) if process in _PROGRESSIVE_SOF else components
     if jpeg_markers.has_more_scans_than(data, scans, end):
         raise _corrupt("JPEG", f"it has more than {scans} scans")
     return Header("JPEG", width, height, orientation, components)
+
+
+def _most_scans(pixels: int) -> int:
+    """Of a progressive JPEG."""
+    return max(_ALWAYS_SCANS, min(MAX_SCANS, _MAX_VISITED_PIXELS // max(1, pixels)))
 
 
 def _check_jpeg_process(marker: int, precision: int, components: int) -> None:

@@ -184,6 +184,22 @@ def test_progressive_jpeg_with_endless_scans_is_refused():
         read_header(data[:-2] + b"\xff\xda\0\x02" * MAX_SCANS + b"\xff\xd9")
 
 
+@pytest.mark.parametrize(("side", "most"), [(2000, 200), (4000, 80), (8000, 20), (16_000, 20)])
+def test_a_large_progressive_jpeg_has_few_scans(side, most):
+    """Each visits all blocks, decoding cannot be interrupted, and 20 is twice what encoders write."""
+    data = bytearray(encoded("JPEG", progressive=True))
+    own = data.count(b"\xff\xda\0")
+    frame = data.index(b"\xff\xc2")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+
+    def with_scans(count):
+        return bytes(data[:-2]) + b"\xff\xda\0\x08\x01\x01\0\x01\x05\0" * (count - own) + b"\xff\xd9"
+
+    assert read_header(with_scans(most)).width == side
+    with pytest.raises(InvalidImageError, match=f"more than {most} scans"):
+        read_header(with_scans(most + 1))
+
+
 def jpeg_of_scans(count, middle=b""):
     """A sequential JPEG with further scans behind its own, each without a block."""
     data = encoded("JPEG", (64, 48))
