@@ -263,7 +263,13 @@ class Repository:
         self._find(name)
         async with self._changing:
             model = self._find(name)  # it may have been unloaded while this waited
-            present = (await self._present(everything=True)).get(name, [])
+            try:
+                present = (await self._present(everything=True)).get(name, [])
+            except ConfigurationError:
+                # Traffic can be taken off a bad version while the source is down, if all it needs is in service.
+                present = sorted(model.served)
+                if routing.missing(present):
+                    raise
             known = sorted({*present, *model.served})
             if unknown := routing.missing(known):
                 raise InvalidRequestError(f"model {name} has no version {', '.join(map(str, unknown))}; it has {known}")
@@ -396,11 +402,19 @@ class Repository:
             unless_served: the same, if it is not in service.
         """
         model = self._model(name)
-        fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
         wanted = force or (unless_served and number not in model.served) or model.may_try_again(number, self._clock())
+        try:
+            fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
+        except OutOfReachError as error:
+            if not wanted and number in model.seen:  # whether it has changed is seen when it is back
+                _log.warning("version cannot be looked at", model=name, version=number, error=str(error))
+                return
+            model.seen[number] = ()
+            self._note_failure(name, number, error)
+            raise
         if not wanted and model.seen.get(number) == fingerprint:
             return
-        if not fingerprint and number in model.served:
+        if not fingerprint and not force and number in model.served:
             return  # gone from the source: what is served stays until something takes its place
         self._admit(model, *await self._loaded(name, number, fingerprint))
 
@@ -410,7 +424,12 @@ class Repository:
         loaded: list[tuple[ServedModel, float]] = []
         try:
             for number in numbers:
-                fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
+                try:
+                    fingerprint = await asyncio.to_thread(self._source.fingerprint, name, number)
+                except OutOfReachError:
+                    if number in model.served:
+                        continue
+                    raise
                 if number not in model.served or fingerprint not in ((), model.seen.get(number)):
                     loaded.append(await self._loaded(name, number, fingerprint))
         except BaseException:
@@ -442,10 +461,13 @@ class Repository:
         else:
             model.note_success(number)
             return served, difference
-        model.note_failure(number, failure, self._clock())
+        self._note_failure(name, number, failure)
+        raise failure
+
+    def _note_failure(self, name: str, number: int, failure: ConvoyError) -> None:
+        self._models[name].note_failure(number, failure, self._clock())
         self._metrics.model_load_failures.labels(model=name).inc()
         _log.error("model not loaded", model=name, version=number, error=str(failure))
-        raise failure
 
     def _admit(self, model: ModelState, served: ServedModel, difference: float) -> None:
         """From the next request on this version is in service."""

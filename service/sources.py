@@ -6,14 +6,15 @@ training publishes atomically, and a copy that is under way fails its hashes and
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import os
 import shutil
-from collections.abc import Collection, Mapping
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from service import artifact, logs, publication
+from service import artifact, logs, mirror
 from service.errors import ArtifactError, ConfigurationError, OutOfReachError
 
 _log = logs.get("repository")
@@ -32,7 +33,8 @@ class Source(Protocol):
         """Version numbers of every model, ascending; models without a version are left out.
 
         Raises:
-            ConfigurationError: the place does not exist or cannot be read.
+            ConfigurationError: the place does not exist or cannot be read. What is gone is told apart from what cannot
+                be listed: a version that was not seen would be taken out of service.
         """
 
     def fetch(self, name: str, number: int) -> Path:
@@ -44,7 +46,11 @@ class Source(Protocol):
         """
 
     def fingerprint(self, name: str, number: int) -> Fingerprint:
-        """Changes whenever a file of the version changes; empty if the version is gone."""
+        """Changes whenever a file of the version changes; empty if the version is gone.
+
+        Raises:
+            OutOfReachError: that cannot be told now.
+        """
 
     def tidy(self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]) -> None:
         """Removes local copies of versions, by name and number, that are neither present nor served any more."""
@@ -70,7 +76,7 @@ class LocalSource:
     def models(self) -> dict[str, list[int]]:
         """Every directory `<name>/<number>/` with a manifest; what cannot be read is logged, and the others stay."""
         try:
-            models = sorted(path for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
+            entries = sorted(path for path in self._root.iterdir() if not path.name.startswith("."))
         except FileNotFoundError:
             raise ConfigurationError(
                 f"the repository {self._root} does not exist; train a model into it with "
@@ -79,8 +85,10 @@ class LocalSource:
         except OSError as error:
             raise ConfigurationError(f"the repository {self._root} cannot be read: {error.strerror}") from error
         found, passed_over = {}, {}
-        for path in models:
+        for path in entries:
             try:
+                if not stat.S_ISDIR(_mode(path)):
+                    continue
                 path.name.encode()  # names become labels of metrics, and text in messages
                 found[path.name] = self._complete(path)
             except UnicodeEncodeError:
@@ -99,21 +107,18 @@ class LocalSource:
     def fingerprint(self, name: str, number: int) -> Fingerprint:
         """Paths, sizes and times of all files."""
         root = self._root / name / str(number)
-        entries = []
-        for path in sorted(root.rglob("*")):
-            try:
-                stat = path.stat()
-            except OSError:  # removed while we look: the next look will see a settled state
-                continue
-            entries.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
-        return tuple(entries)
+        try:
+            return tuple(sorted(_states_below(root)))
+        except OSError as error:
+            raise OutOfReachError(f"{root} cannot be read: {error}") from error
 
     def tidy(self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]) -> None:
         """Nothing: there are no copies."""
 
     @staticmethod
     def _complete(model: Path) -> list[int]:
-        return [number for number in artifact.versions(model) if (model / str(number) / artifact.MANIFEST).is_file()]
+        names = [path.name for path in model.iterdir() if artifact.is_version(path.name)]
+        return sorted(int(name) for name in names if stat.S_ISREG(_mode(model / name / artifact.MANIFEST)))
 
 
 class RemoteSource:
@@ -140,37 +145,34 @@ class RemoteSource:
         """Every `<name>/<number>/` with a manifest."""
         try:
             self._filesystem.invalidate_cache()
-            manifests = self._filesystem.glob(f"{glob.escape(self._root)}/*/*/{artifact.MANIFEST}")
-            there = bool(manifests) or self._filesystem.exists(self._place)
+            entries = self._listed(self._root)
+            there = bool(entries) or self._filesystem.exists(self._place)
+            found = {name: self._complete(path) for name, path in _folders(entries) if not name.startswith(".")}
         except Exception as error:  # each backend raises exceptions of its own library
             raise ConfigurationError(f"the repository {self._url} cannot be read: {error}") from error
         if not there:  # mistyped or lost: not the same as versions that were removed
             raise ConfigurationError(
                 f"the repository {self._url} does not exist; create it, or name another with --repository"
             )
-        found: dict[str, list[int]] = {}
-        for manifest in sorted(manifests):
-            name, number = PurePosixPath(manifest).parts[-3:-1]
-            if not name.startswith(".") and artifact.is_version(number):
-                found.setdefault(name, []).append(int(number))
-        return {name: sorted(numbers) for name, numbers in found.items()}
+        return {name: numbers for name, numbers in sorted(found.items()) if numbers}
 
     def fetch(self, name: str, number: int) -> Path:
-        """Downloads a version beside its place, verifies it, and moves it there; or finds it there, unchanged."""
+        """Downloads a version beside its place, verifies it, and moves it there; or finds it there, unchanged.
+
+        Other processes may share the cache: whoever is first puts the copy there, and none removes it from under them.
+        """
         target = self._mirror / name / str(number)
         source = f"{self._root}/{name}/{number}"
         try:
             manifest = self._filesystem.cat_file(f"{source}/{artifact.MANIFEST}")
             if _holds(target, manifest):
                 return target
-            staging = publication.staging_dir(self._mirror, name, number)
-            try:
+            with mirror.staging(self._mirror / name, number) as staging:
                 self._download(source, staging, manifest)
                 artifact.load(staging)
-                shutil.rmtree(target, ignore_errors=True)
-                staging.rename(target)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                with mirror.locked(self._mirror):
+                    if not _holds(target, manifest):
+                        mirror.replace(target, staging)
         except ArtifactError:
             raise
         except FileNotFoundError as error:
@@ -184,12 +186,9 @@ class RemoteSource:
     def fingerprint(self, name: str, number: int) -> Fingerprint:
         """Paths and sizes of all files, and what the backend knows of their changes."""
         try:
-            files = self._filesystem.find(f"{self._root}/{name}/{number}", detail=True)
-        except Exception:  # noqa: BLE001  # gone, or out of reach for the moment: no news
-            return ()
-        return tuple(
-            (f"{path} {_changed(info)}", int(info.get("size") or 0), 0) for path, info in sorted(files.items())
-        )
+            return tuple(sorted(self._states_below(f"{self._root}/{name}/{number}")))
+        except Exception as error:  # each backend raises exceptions of its own library
+            raise OutOfReachError(f"{self._url}/{name}/{number} cannot be listed: {error}") from error
 
     def tidy(self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]) -> None:
         """Removes what the mirror holds of them."""
@@ -202,6 +201,34 @@ class RemoteSource:
             ):
                 shutil.rmtree(copy, ignore_errors=True)
 
+    def _complete(self, model: str) -> list[int]:
+        """Numbers of a model's versions that have a manifest, ascending."""
+        return sorted(
+            int(name)
+            for name, path in _folders(self._listed(model))
+            if artifact.is_version(name)
+            and any(_name(entry) == artifact.MANIFEST and entry["type"] == "file" for entry in self._listed(path))
+        )
+
+    def _states_below(self, folder: str) -> Iterator[tuple[str, int, int]]:
+        for entry in self._listed(folder):
+            if entry["type"] == "directory":
+                yield from self._states_below(entry["name"])
+            else:
+                yield f"{entry['name']} {_changed(entry)}", int(entry.get("size") or 0), 0
+
+    def _listed(self, folder: str) -> list[Mapping[str, Any]]:
+        """What lies in a folder; empty if it is gone. Whatever else goes wrong is raised.
+
+        `glob`, `walk` and `find` of fsspec leave out what cannot be listed, without a word.
+        """
+        try:
+            entries = self._filesystem.ls(folder, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        # Some stores list the marker of a folder within it.
+        return [entry for entry in entries if entry["name"].strip("/") != folder.strip("/")]
+
     def _download(self, source: str, staging: Path, manifest: bytes) -> None:
         (staging / artifact.MANIFEST).write_bytes(manifest)
         for path, entry in artifact.read_manifest(staging).files.items():
@@ -211,6 +238,39 @@ class RemoteSource:
             # A file that lies there in another size is half-copied, which verifying tells.
             if came_bytes != entry.size_bytes and came_bytes != self._filesystem.size(f"{source}/{path}"):
                 raise OutOfReachError(f"{self._url}: the download of {path} was cut short after {came_bytes} bytes")
+
+
+def _mode(path: Path) -> int:
+    """As `stat` gives it; 0 if nothing is there."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _states_below(root: Path) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of everything below; OSError if something cannot be read."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # else it is gone
+            raise error
+
+    for folder, folders, files in os.walk(root, onerror=failed):
+        for path in (Path(folder) / name for name in (*folders, *files)):
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # removed while we look: the next look will see a settled state
+                continue
+            yield path.relative_to(root).as_posix(), state.st_size, state.st_mtime_ns
+
+
+def _folders(entries: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Last name and path of each folder among a place's entries."""
+    return ((_name(entry), entry["name"]) for entry in entries if entry["type"] == "directory")
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return PurePosixPath(entry["name"]).name
 
 
 def _holds(target: Path, manifest: bytes) -> bool:

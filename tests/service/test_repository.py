@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import prometheus_client
 import pytest
@@ -437,14 +438,14 @@ async def test_a_directory_that_cannot_be_read_or_named_is_passed_over_once(root
     strange = root / os.fsdecode(b"caf\xe9") / "1"
     strange.mkdir(parents=True)
     (strange / artifact.MANIFEST).touch()
-    versions = artifact.versions
+    iterdir = Path.iterdir
 
     def unreadable(path):
         if path.name == "other":
             raise PermissionError(13, "Permission denied")
-        return versions(path)
+        return iterdir(path)
 
-    monkeypatch.setattr(artifact, "versions", unreadable)
+    monkeypatch.setattr(Path, "iterdir", unreadable)
     with structlog.testing.capture_logs() as lines:
         async with opened(root) as repository:
             await repository.load_all()
@@ -646,6 +647,87 @@ async def test_a_failure_that_may_pass_is_tried_again_after_ever_longer_pauses(r
 
         assert served(repository) == [("grey", 11)]
         assert list(repository.failures()) == []
+
+
+class Unsteady(LocalSource):
+    """Cannot look at some versions, or at nothing."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.broken = ()
+        self.down = False
+
+    def models(self):
+        if self.down:
+            raise ConfigurationError("it cannot be read")
+        return super().models()
+
+    def fingerprint(self, name, number):
+        if (name, number) in self.broken:
+            raise OutOfReachError(f"{name} version {number} cannot be listed")
+        return super().fingerprint(name, number)
+
+
+async def test_a_version_that_cannot_be_looked_at_holds_up_no_other(root):
+    source = Unsteady(root)
+    async with opened(root, source=source) as repository:
+        await repository.load_all()
+        before = repository.get("grey")
+        toys.write_version(root, "other", 2)
+        source.broken = (("grey", 10),)
+        await repository.poll()
+        source.broken = ()
+        await repository.poll()
+
+        assert served(repository) == [("grey", 10), ("other", 2)]
+        assert repository.get("grey") is before
+        assert list(repository.failures()) == []
+
+
+async def test_a_new_version_that_cannot_be_looked_at_is_a_failure_until_it_can(root):
+    source, clock = Unsteady(root), Clock()
+    async with opened(root, source=source, names=("grey",), clock=clock) as repository:
+        await repository.load_all()
+        toys.write_version(root, "grey", 11)
+        source.broken = (("grey", 11),)
+        for _ in range(4):
+            await repository.poll()
+        assert list(repository.failures()) == [("grey", 11, "grey version 11 cannot be listed")]
+        assert repository.registry.get_sample_value("convoy_model_load_failures_total", {"model": "grey"}) == 1
+        clock.now += 1
+        source.broken = ()
+        await repository.poll()
+        loaded = repository.get("grey")
+        await repository.poll()
+
+        assert repository.get("grey") is loaded
+        assert (loaded.number, list(repository.failures())) == (11, [])
+
+
+@pytest.mark.parametrize("number", [None, 10])
+async def test_a_load_by_hand_of_what_cannot_be_looked_at_says_so(root, number):
+    source = Unsteady(root)
+    async with opened(root, source=source, names=("grey",)) as repository:
+        await repository.load_all()
+        before = repository.get("grey")
+        source.broken = (("grey", 10),)
+        with pytest.raises(OutOfReachError):
+            await repository.load("grey", number)
+
+        assert repository.get("grey") is before
+
+
+async def test_traffic_moves_between_versions_in_service_while_the_source_is_down(root):
+    source = Unsteady(root)
+    async with opened(root, source=source, names=("grey",), routings={"grey": Routing("latest:2")}) as repository:
+        await repository.load_all()
+        source.down, source.broken = True, (("grey", 2), ("grey", 10))
+        with pytest.raises(ConfigurationError):
+            await repository.route("grey", Routing("1"))
+        await repository.route("grey", Routing("latest:2", traffic={2: 1.0}))
+
+        assert repository.get("grey").number == 2
+        assert served(repository) == [("grey", 2), ("grey", 10)]
 
 
 async def test_a_damaged_version_is_tried_once(root):

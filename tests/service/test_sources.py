@@ -1,6 +1,10 @@
 """Versions in a place that is mirrored. A `file://` URL takes the way of a bucket's."""
 
+import errno
+import multiprocessing
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,9 +14,9 @@ import toys
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from service import artifact
-from service.errors import ArtifactError, ConfigurationError, OutOfReachError
-from service.sources import RemoteSource
+from service import artifact, mirror
+from service.errors import ArtifactError, ConfigurationError, ConvoyError, OutOfReachError
+from service.sources import LocalSource, RemoteSource
 
 
 @pytest.fixture
@@ -114,6 +118,139 @@ def test_a_place_that_is_lost_is_not_an_empty_one(source, bucket):
 
     bucket.mkdir()
     assert source.models() == {}
+
+
+class Failing(LocalFileSystem):
+    """Cannot list a folder."""
+
+    protocol = "failing"
+    broken: ClassVar = ""
+
+    def ls(self, path, detail=False, **options):
+        if self.broken and str(path).rstrip("/").endswith(self.broken):
+            raise OSError(110, "503 SlowDown")
+        return super().ls(path, detail=detail, **options)
+
+
+@pytest.mark.parametrize("broken", ["bucket", "grey", "grey/1"])
+def test_what_cannot_be_listed_is_not_gone(bucket, tmp_path, monkeypatch, broken):
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    source = RemoteSource(f"failing://{bucket}", tmp_path / "cache")
+    assert source.models() == {"grey": [1]}
+
+    monkeypatch.setattr(Failing, "broken", broken)
+    with pytest.raises(ConfigurationError, match="SlowDown"):
+        source.models()
+
+
+@pytest.mark.parametrize("broken", ["grey/1", "grey/1/canary"])
+def test_a_fingerprint_that_cannot_be_had_is_none(bucket, tmp_path, monkeypatch, broken):
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    source = RemoteSource(f"failing://{bucket}", tmp_path / "cache")
+    assert source.fingerprint("grey", 1)
+
+    monkeypatch.setattr(Failing, "broken", broken)
+    with pytest.raises(OutOfReachError, match="SlowDown"):
+        source.fingerprint("grey", 1)
+
+
+def test_a_local_version_that_cannot_be_looked_at_is_out_of_reach(bucket, monkeypatch):
+    scandir = os.scandir
+
+    def stale(path):
+        if str(path).endswith("canary"):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OutOfReachError, match="Stale file handle"):
+        LocalSource(bucket).fingerprint("grey", 1)
+
+
+def test_one_directory_that_cannot_be_reached_hides_no_other(bucket, monkeypatch):
+    toys.write_version(bucket, "aaa", 1)
+    stat = os.stat
+
+    def dead(path, *args, **options):
+        if str(path).endswith("/aaa"):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", dead)
+    assert LocalSource(bucket).models() == {"grey": [1]}
+
+
+class Overtaken(LocalFileSystem):
+    """While it downloads, another process is faster."""
+
+    protocol = "overtaken"
+    other: ClassVar = lambda: None
+
+    def get_file(self, rpath, lpath, **options):
+        super().get_file(rpath, lpath, **options)
+        other, Overtaken.other = Overtaken.other, lambda: None
+        other()
+
+
+def test_of_two_processes_with_one_cache_the_second_leaves_the_copy_of_the_first(bucket, tmp_path, monkeypatch):
+    fsspec.register_implementation("overtaken", Overtaken, clobber=True)
+    source = RemoteSource(f"overtaken://{bucket}", tmp_path / "cache")
+    first = []
+    monkeypatch.setattr(Overtaken, "other", lambda: first.append(source.fetch("grey", 1).stat().st_ino))
+    copy = source.fetch("grey", 1)
+
+    assert artifact.load(copy)
+    assert first == [copy.stat().st_ino]
+
+
+def test_while_a_copy_is_put_in_its_place_another_process_waits(bucket, tmp_path):
+    """Two processes that start together, as two servers on one machine do."""
+    context = multiprocessing.get_context("spawn")
+    for attempt in range(3):
+        begin, found = context.Barrier(2), context.Queue()
+        arguments = (f"file://{bucket}", tmp_path / f"cache{attempt}", begin, found)
+        pair = [context.Process(target=fetched, args=arguments) for _ in range(2)]
+        for process in pair:
+            process.start()
+        assert [found.get(timeout=60) for _ in pair] == ["whole", "whole"]
+        for process in pair:
+            process.join()
+
+
+def fetched(url, cache, begin, found):
+    source = RemoteSource(url, cache)
+    begin.wait()
+    try:
+        copy = source.fetch("grey", 1)
+        for _ in range(50):
+            artifact.load(copy)
+    except (ConvoyError, OSError) as error:
+        found.put(repr(error))
+    else:
+        found.put("whole")
+
+
+def test_a_version_that_was_replaced_takes_the_place_of_its_copy(bucket, source):
+    source.fetch("grey", 1)
+    shutil.rmtree(bucket / "grey" / "1")
+    toys.write_version(bucket, "grey", 1, classes=4)
+
+    assert len(artifact.load(source.fetch("grey", 1)).manifest.classes) == 4
+    assert [path.name for path in source.fetch("grey", 1).parent.iterdir()] == ["1"]
+
+
+def test_what_killed_downloads_left_is_removed_and_what_others_write_is_not(bucket, source, tmp_path):
+    model = source.fetch("grey", 1).parent
+    toys.write_version(bucket, "grey", 2)
+    with mirror.staging(model, 3) as busy:
+        dead, young = model / ".2.writing-dead", model / ".2.writing-young"
+        dead.mkdir()
+        young.mkdir()
+        for path in (busy, dead):
+            os.utime(path, (0, time.time() - 600))
+        source.fetch("grey", 2)
+
+        assert (busy.exists(), dead.exists(), young.exists()) == (True, False, True)
 
 
 class Objects(MemoryFileSystem):
