@@ -149,3 +149,7 @@ class DataError(ConvoyError):
 
 class TrainingError(ConvoyError):
     """Training cannot go on; the message gives advice."""
+
+
+# What loading a version may raise although neither its files nor the settings are at fault; later it may load.
+PASSING = (OutOfReachError, OutOfMemoryError)

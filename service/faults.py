@@ -57,6 +57,8 @@ _MEMORY_WORDS = (
     "bad allocation",
     "outofmemory",
 )
+# Of a file that is opened: no memory, no descriptor in the system or in this process.
+_SHORT = re.compile(r"system error number (?:12|23|24)\b|too many open files", re.IGNORECASE)
 _MESSAGE_CHARS = 400
 
 
@@ -68,15 +70,24 @@ def translate(error: Exception) -> EngineError:
         EngineError. The message is the original's first part.
     """
     text = str(error) or type(error).__name__
-    lowered = text.lower()
     message = " ".join(text.split())[:_MESSAGE_CHARS]
     # A lost device can also be found by an allocation: what is worse is asked first.
     codes = _STICKY_CODES.intersection(_CUDA_FAILURE.findall(text))
-    if codes or any(word in lowered for word in _STICKY_WORDS):
+    if codes or any(word in text.lower() for word in _STICKY_WORDS):
         return DeviceLostError(f"the device is lost until this process is restarted: {message}")
-    if isinstance(error, MemoryError) or any(word in lowered for word in _MEMORY_WORDS):
+    if _of_memory(error):
         return OutOfMemoryError(f"the device's memory is exhausted: {message}")
     return EngineError(message)
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an exception of loading says that memory or file descriptors are short, which may pass."""
+    return _of_memory(error) or _SHORT.search(str(error)) is not None
+
+
+def _of_memory(error: Exception) -> bool:
+    lowered = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in lowered for word in _MEMORY_WORDS)
 
 
 def no_capture(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from service.errors import ConvoyError, NotFoundError, OutOfMemoryError, OutOfReachError
+from service.errors import PASSING, ConvoyError, NotFoundError
 from service.routing import Routing
 from service.serving import ServedModel
 from service.sources import Fingerprint
@@ -19,9 +19,6 @@ from service.sources import Fingerprint
 # After a failure that may pass, a version is tried again after so many seconds, then after twice as many, and so on.
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 300.0
-
-# These are not the files' fault; damage of the files stays until they change.
-_PASSING = (OutOfReachError, OutOfMemoryError)
 
 
 class _Again(NamedTuple):
@@ -138,7 +135,7 @@ class ModelState:
         """Keeps it; of a reason that may pass also when to try again, after ever longer pauses."""
         self.failed[number] = str(failure)
         last = self._again.pop(number, None)
-        if isinstance(failure, _PASSING):
+        if isinstance(failure, PASSING):
             pause_s = min(2 * last.pause_s, _LONGEST_PAUSE_S) if last else _FIRST_PAUSE_S
             self._again[number] = _Again(now_s + pause_s, pause_s)
 

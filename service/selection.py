@@ -15,7 +15,7 @@ from service import canary, cuda, engine, logs, plan_cache, providers, resources
 from service.artifact import ModelVersion
 from service.candidates import Candidate, Machine, Wishes, enumerate_candidates
 from service.engine import OrtEngine
-from service.errors import ArtifactError, ProviderError
+from service.errors import PASSING, ArtifactError, ConvoyError, ProviderError
 from service.plan_cache import PlanCache, Row, Table
 from service.preprocess import Pixels
 from service.providers import AUTO, CPU, GPU_PROVIDERS, OPENVINO, TENSORRT
@@ -58,12 +58,12 @@ class Selector:
             ConfigurationError: there is no such variant.
             ArtifactError: no candidate passes the canary, or the graph breaks the contract.
             EngineError: the chosen candidate fails while it is warmed up.
+            OutOfReachError, OutOfMemoryError: memory or descriptors are short.
         """
         name = plan_cache.key(version, wishes, self._machine)
         engines = self._remembered(version, wishes, name)
         if engines is None:
-            table, passed = self._measure(version, wishes)
-            self._cache.write(name, table)
+            table, passed = self._measure(version, wishes, name)
             engines = passed.engines or _executors(version, table, passed.loaded)
             self._tell(version, table, remembered=False)
         engine.warm_up(engines)
@@ -79,9 +79,8 @@ class Selector:
         known = None if refresh else self._cache.read(name, wishes.budget_s)
         if known is not None:
             return known, True
-        table, passed = self._measure(version, wishes)
+        table, passed = self._measure(version, wishes, name)
         _close(passed)
-        self._cache.write(name, table)
         return table, False
 
     def _remembered(self, version: ModelVersion, wishes: Wishes, name: str) -> list[OrtEngine] | None:
@@ -94,6 +93,8 @@ class Selector:
             chosen = next(candidate for candidate in candidates if _describes(table.chosen, candidate))
             buckets = chosen.plan.buckets(wishes.max_batch_size)
             loaded = sessions.load(version, chosen.variant.file, chosen.plan, buckets, self._cache_dir)
+        except PASSING:
+            raise
         except (ArtifactError, ProviderError, StopIteration) as error:
             _log.warning("a remembered plan does not work any more; measuring again", error=str(error))
             self._cache.forget(name)
@@ -103,8 +104,12 @@ class Selector:
 
     # --- measuring
 
-    def _measure(self, version: ModelVersion, wishes: Wishes) -> tuple[Table, Passed]:
-        """Tries the candidates; gives the table, and the best one in memory."""
+    def _measure(self, version: ModelVersion, wishes: Wishes, name: str) -> tuple[Table, Passed]:
+        """Tries the candidates; gives the table, and the best one in memory. Keeps the table under `name`.
+
+        But not if something was short: another time the outcome may be another one.
+        """
+        short: list[ConvoyError] = []
         began = time.monotonic()
         missing = self._lazily_missing(wishes)
         candidates, left_out = enumerate_candidates(version, wishes, self._machine, missing)
@@ -112,19 +117,23 @@ class Selector:
             log = _log.info if AUTO in wishes.providers else _log.warning
             log("provider left out", provider=providers.short_name(provider), reason=why)
         images = canary.pixels(version)
-        rows, best = self._try_all(version, candidates, wishes, images, began)
+        rows, best = self._try_all(version, candidates, wishes, images, began, short)
         if best is None and wishes.allow_fallback and CPU not in {row.provider for row in rows}:
             _log.warning("falling back to the CPU", model=version.manifest.name)
             on_cpu = dataclasses.replace(wishes, providers=("cpu",))
             more, _ = enumerate_candidates(version, on_cpu, self._machine, missing)
-            more_rows, best = self._try_all(version, more, on_cpu, images, began)
+            more_rows, best = self._try_all(version, more, on_cpu, images, began, short)
             rows = [*rows, *more_rows]
         try:
             self._judge(version, wishes, rows)
         except ProviderError:
             _close(best and best[1])
+            if short:
+                raise short[0] from None
             raise
         if best is None:
+            if short:
+                raise short[0]
             raise ArtifactError(f"{version.path} cannot be served: {_reasons(rows)}")
         chosen, passed = best
         table = Table(
@@ -133,13 +142,21 @@ class Selector:
             seconds=round(time.monotonic() - began, 3),
             cut_at_s=wishes.budget_s if any(row.note == _spent(wishes) for row in rows) else None,
         )
+        if not short:
+            self._cache.write(name, table)
         resources.trim_memory()
         return table, passed
 
     def _try_all(
-        self, version: ModelVersion, candidates: Sequence[Candidate], wishes: Wishes, images: Pixels, began: float
+        self,
+        version: ModelVersion,
+        candidates: Sequence[Candidate],
+        wishes: Wishes,
+        images: Pixels,
+        began: float,
+        short: list[ConvoyError],
     ) -> tuple[list[Row], tuple[Row, Passed] | None]:
-        """Tries one after the other; only the best so far stays in memory."""
+        """Tries one after the other; only the best so far stays in memory. `short` gets errors that may pass."""
         rows: list[Row] = []
         best: tuple[Row, Passed] | None = None
         for candidate in candidates:
@@ -147,7 +164,11 @@ class Selector:
             if reason:
                 rows.append(trial.row(candidate, outcome="skipped", note=reason))
                 continue
-            row, passed = trial.run(version, candidate, wishes.max_batch_size, images, self._cache_dir)
+            try:
+                row, passed = trial.run(version, candidate, wishes.max_batch_size, images, self._cache_dir)
+            except PASSING as error:
+                short.append(error)
+                row, passed = trial.row(candidate, outcome="failed", note=str(error)), None
             rows.append(row)
             if passed is None:
                 continue

@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from service import artifact, cuda, faults, logs, openvino, providers, threads
 from service.artifact import ModelVersion
-from service.errors import ArtifactError, ProviderError
+from service.errors import ArtifactError, ConvoyError, OutOfReachError, ProviderError
 from service.providers import CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
 
 _log = logs.get("engine")
@@ -92,6 +92,7 @@ def load(
 
     Raises:
         ArtifactError: the graph cannot be loaded, or its signature breaks the contract.
+        OutOfReachError: memory or file descriptors are short.
         ProviderError: the provider is missing, refuses the options, or takes no node of the graph.
     """
     path = version.file(variant)
@@ -244,9 +245,11 @@ def _session(path: Path, configuration: Any, arguments: Mapping[str, Any]) -> An
     return ort.InferenceSession(path, configuration, enable_fallback=0, **arguments)
 
 
-def _refusal(path: Path, plan: Plan, error: Exception) -> ProviderError | ArtifactError:
+def _refusal(path: Path, plan: Plan, error: Exception) -> ConvoyError:
     """On the CPU provider only the file can be at fault, elsewhere the provider is the likelier one."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if faults.is_shortage(error):
+        return OutOfReachError(f"{path} cannot be loaded on {plan.provider} now: {reason}")
     if plan.provider == CPU:
         return ArtifactError(f"{path} cannot be loaded by ONNX Runtime: {reason}")
     return ProviderError(f"{path} cannot be loaded on {plan.provider}: {reason}")

@@ -14,7 +14,7 @@ from service import canary, engine, resources, sessions
 from service.artifact import ModelVersion
 from service.candidates import Candidate
 from service.engine import OrtEngine
-from service.errors import ArtifactError, ConvoyError
+from service.errors import PASSING, ArtifactError, ConvoyError
 from service.plan_cache import Row
 from service.preprocess import Pixels
 from service.providers import CPU, GPU_PROVIDERS
@@ -50,6 +50,9 @@ def run(
         max_batch_size: largest batch that will run.
         images: the canary's, uint8[M, H, W, C].
         engine_cache: directory for compiled TensorRT engines.
+
+    Raises:
+        OutOfReachError, OutOfMemoryError: it could not be tried: memory or descriptors are short.
     """
     began = time.monotonic()
     engines: list[OrtEngine] = []
@@ -65,6 +68,8 @@ def run(
             difference = pool.submit(_canary_difference, version, engines[0], images).result()
         load_s = time.monotonic() - began
         speed = images_per_second(engines, np.resize(images, (batch, *images.shape[1:])))
+    except PASSING:
+        raise
     except ArtifactError as error:
         return row(candidate, outcome="refused", note=str(error)), None
     except ConvoyError as error:

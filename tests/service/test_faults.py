@@ -35,6 +35,23 @@ def test_exhausted_memory(error):
 
 
 @pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("Load model from model.onnx failed:system error number 24", True),  # EMFILE
+        ("Load model from model.onnx failed:system error number 23", True),  # ENFILE
+        ("Load model from model.onnx failed:system error number 12", True),  # ENOMEM
+        ("Load model from model.onnx failed:system error number 13", False),  # EACCES
+        ("Load model from model.onnx failed:system error number 2", False),
+        ("Load model from model.onnx failed:system error number 120", False),
+        ("std::bad_alloc", True),
+        ("Load model from model.onnx failed:Protobuf parsing failed.", False),
+    ],
+)
+def test_what_is_short_at_a_load_is_told_apart_from_damage(text, short):
+    assert faults.is_shortage(RuntimeError(text)) is short
+
+
+@pytest.mark.parametrize(
     ("code", "text"),
     [
         (214, "uncorrectable ECC error encountered"),

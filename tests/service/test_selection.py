@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import onnxruntime as ort
 import pytest
 import structlog
 from variants import CLASSES, levels_image, machine, slowed, version_with, wrong
 
 from service import resources, sessions, trial
 from service.candidates import Wishes
-from service.errors import ArtifactError, ConfigurationError, ProviderError
+from service.errors import ArtifactError, ConfigurationError, OutOfReachError, ProviderError
 from service.providers import CPU, OPENVINO, TENSORRT
 from service.selection import Selector, this_machine
 
@@ -181,6 +182,46 @@ def test_a_plan_that_does_not_work_any_more_is_replaced(tmp_path, selector, logg
     assert selector.build(version, ON_CPU)[0].provider == CPU
     assert [line for line in logged if line["event"].startswith("a remembered plan does not work any more")]
     assert selector.table(version, ON_CPU)[0].chosen.provider == CPU
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """File names of which there is no descriptor to open them."""
+    names, session = set(), ort.InferenceSession
+
+    def opened(path, *args, **options):
+        if path.name in names:
+            raise RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : Load model from {path} failed:system error number 24")
+        return session(path, *args, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+    return names
+
+
+def test_a_choice_that_was_made_while_something_was_short_is_not_remembered(tmp_path, selector, scarce):
+    version = version_with(tmp_path, fp32=slowed, int8=same)
+    scarce.add("model.int8.onnx")
+    table, _ = selector.table(version, ON_CPU)
+    assert outcomes(table) == {("int8", CPU): "failed", ("fp32", CPU): "chosen"}
+    assert "system error number 24" in table.rows[0].note
+    scarce.clear()
+
+    table, remembered = selector.table(version, ON_CPU)
+    assert (table.chosen.variant, remembered) == ("int8", False)
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_where_nothing_can_be_tried_for_a_passing_reason_that_is_said(tmp_path, selector, scarce, remembered):
+    version = version_with(tmp_path, fp32=slowed, int8=same)
+    if remembered:
+        selector.table(version, ON_CPU)
+    scarce.update({"model.int8.onnx", "model.onnx"})
+    with pytest.raises(OutOfReachError, match="system error number 24"):
+        selector.build(version, ON_CPU)
+    scarce.clear()
+
+    assert selector.build(version, ON_CPU)[0].variant == "model.int8.onnx"
+    assert selector.table(version, ON_CPU)[1]
 
 
 # --- what is asked for
