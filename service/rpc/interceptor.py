@@ -166,7 +166,9 @@ class _Watched:
         try:
             if self._arrivals:
                 self._arrivals.admit()
-            return await self._method(self._parse(arrived(message)), context)
+            call = self._method(self._parse(arrived(message)), context)
+            message = b""  # the request is a copy: both, while it waits for its turn, would be twice the memory
+            return await call
         except asyncio.CancelledError:
             code = _code_of_cancellation(context)
             raise

@@ -61,8 +61,9 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         )
         shadow = self._repository.shadow(model.name, model)
         deadline = arrived + self._budget_s(context)
-        # Once: each look at a field of bytes copies it.
-        result = await self._classifier.classify(model, tuple(request.images), query, deadline, shadow)
+        images = tuple(request.images)  # once: each look at a field of bytes copies it
+        del request  # it has copies of its own
+        result = await self._classifier.classify(model, images, query, deadline, shadow)
         _raise_if_all_failed(result)
         return _response(model, result, time.monotonic() - arrived)
 

@@ -36,15 +36,6 @@ def winners(reply):
     return [result.classification.classes[0].index for result in reply.results]
 
 
-async def eventually(check):
-    """What is waited for here, a gauge, wakes nobody when it changes."""
-    async with asyncio.timeout(toys.TIMEOUT_S):
-        while True:
-            if check():
-                return
-            await asyncio.sleep(0.005)
-
-
 # --- the page
 
 
@@ -74,7 +65,7 @@ async def test_images_are_decoded_while_a_batch_runs(tmp_path):
         calls = [stand.stub.Classify(request(level)) for level in range(9)]
         await engine_.began()
         # All the others get decoded and wait for the device, which is still busy with its first batch.
-        await eventually(lambda: len(engine_.batches[0]) + stand.value("convoy_queue_images", model="grey") == 9)
+        await toys.eventually(lambda: len(engine_.batches[0]) + stand.value("convoy_queue_images", model="grey") == 9)
         assert len(engine_.batches) == 1
         engine_.resume()
         assert [winners(await call) for call in calls] == [[level] for level in range(9)]
@@ -119,7 +110,7 @@ async def test_a_session_starts_the_threads_it_is_granted_and_no_more(tmp_path, 
     loaded = sessions.load(version, artifact.MODEL, Plan(CPU, intra_op_threads=cpus), (1,))
 
     # The thread that made the session may take a moment to leave.
-    await eventually(lambda: len(threads() - before) == cpus - 1)
+    await toys.eventually(lambda: len(threads() - before) == cpus - 1)
     assert loaded.session
 
 

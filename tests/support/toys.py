@@ -286,6 +286,15 @@ class Stand:
         return self.channel.stream_unary(method)(silence(), timeout=timeout)
 
 
+async def eventually(check):
+    """Waits for what wakes nobody when it changes, such as a gauge."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            if check():
+                return
+            await asyncio.sleep(0.005)
+
+
 @asynccontextmanager
 async def toy_stand(
     root,

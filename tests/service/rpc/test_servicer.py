@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import math
+import os
+import sys
 from collections import Counter
 
 import grpc
@@ -15,6 +17,7 @@ from PIL import Image
 
 from service.batcher import Job
 from service.errors import DeviceLostError, OutOfMemoryError
+from service.resources import rss_bytes
 
 BROKEN = b"\x89PNG\r\n\x1a\nnot really"
 BOMB = toys.encoded(Image.new("1", (5000, 5000)), "PNG")  # 25 million pixels in 3 KB; the stand allows 4 million
@@ -414,3 +417,43 @@ async def test_one_connection_carries_many_calls_at_once(stand):
         answers = await asyncio.gather(*(stub.Classify(request(n)) for n in range(100)))
 
     assert [winners(answer) for answer in answers] == [[n] for n in range(100)]
+
+
+CROWD = """
+import asyncio, sys
+import toys
+from grpc import aio
+from convoy.v1 import image_classifier_pb2 as pb, image_classifier_pb2_grpc as pb_grpc
+
+async def main(target, calls, size):
+    image = toys.grey_png(7) + bytes(size)
+    async with aio.insecure_channel(target) as channel:
+        stub = pb_grpc.ImageClassifierStub(channel)
+        waiting = (stub.Classify(pb.ClassifyRequest(images=[image]), timeout=60) for _ in range(calls))
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+"""
+
+
+async def test_what_waits_takes_the_memory_that_is_counted(tmp_path):
+    """Message, request and images are three copies: one of them is to stay."""
+    calls, size = 20, 4 << 20
+    engine = toys.ToyEngine(classes=256)
+    async with toys.toy_stand(tmp_path, {"grey": engine}, max_message_bytes=8 << 20) as stand:
+        engine.pause()
+        gc.collect()
+        before = rss_bytes()
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        client = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CROWD, stand.target, str(calls), str(size), env={**os.environ, **paths}
+        )
+        try:
+            await toys.eventually(lambda: stand.admission.images == calls)
+            await asyncio.sleep(0.5)
+            grown = rss_bytes() - before
+        finally:
+            engine.resume()
+            await client.wait()
+
+    assert grown < 2 * calls * size
