@@ -19,9 +19,14 @@ from service.metrics import Metrics
 from service.preprocess import Limits
 from service.serving import ServedModel, join_outputs
 from service.shadow import Shadow
+from service.turns import in_turns
 
 # A request is worked on in chunks of so many images: while one is inferred, the next is decoded.
 CHUNK_IMAGES = 16
+
+# Classes in one answer, over all its images: it is built and written on the event loop, and a thousand classes of 256
+# images are more than most clients accept.
+MAX_CLASSES = 1 << 18
 
 # Up to so many classes a row is ranked without numpy; of more, so many places are found one by one.
 _FEW_CLASSES = 64
@@ -106,12 +111,12 @@ class Classifier:
             shadow: a version that works on a copy afterwards; it never affects the answer.
 
         Raises:
-            InvalidRequestError: no image, or too many.
+            InvalidRequestError: no image, too many, or too many classes of them.
             OverloadedError, DrainingError: refused on arrival.
             ExpiredError: the deadline passed.
             EngineError: the runtime failed.
         """
-        self._check(images, query)
+        self._check(model, images, query)
         began = time.monotonic()
         with model.in_use(), self._admission.admit(model.name, len(images), sum(map(len, images)), deadline):
             result = await self._work(model, images, query, deadline)
@@ -144,12 +149,18 @@ class Classifier:
         with shadow.in_use():
             return _best(await self._work(shadow, images, Query(top_k=1, priority=_SHADOW_PRIORITY), deadline))
 
-    def _check(self, images: Sequence[bytes], query: Query) -> None:
+    def _check(self, model: ServedModel, images: Sequence[bytes], query: Query) -> None:
         if not images:
             raise InvalidRequestError("the request has no image; put at least one into `images`")
         if len(images) > self._max_images:
             raise InvalidRequestError(
                 f"the request has {len(images)} images, at most {self._max_images} are allowed; split it"
+            )
+        places = min(query.top_k, len(model.version.manifest.classes))
+        if len(images) * places > MAX_CLASSES:
+            raise InvalidRequestError(
+                f"{places} classes of {len(images)} images are asked for, and an answer has at most {MAX_CLASSES} in "
+                "all; use a smaller top_k, or send fewer images at a time"
             )
         if not 0 <= query.min_score <= 1:
             raise InvalidRequestError(f"min_score is {query.min_score:g}, but scores are between 0 and 1")
@@ -165,10 +176,11 @@ class Classifier:
         inferring = model.batcher.submit(pixels, len(good), deadline, priority=query.priority)
         inferred = await _in_time(inferring, deadline)
         timing = Timing(decoding.queue_s + inferred.queue_s, decoding.decode_s, inferred.run_s)
-        found = answers(inferred.rejoined(join_outputs), query)
+        found = await in_turns(answers(inferred.rejoined(join_outputs), query), len(model.version.manifest.classes))
         if not faults:
-            return Result(list(found), timing)
-        return Result([faults.get(position) or next(found) for position in range(len(images))], timing)
+            return Result(found, timing)
+        rest = iter(found)
+        return Result([faults.get(position) or next(rest) for position in range(len(images))], timing)
 
     async def _decode(self, flow: str, work: Encoded, query: Query, deadline: float) -> tuple[Faults, Timing]:
         if all(map(is_thumbnail, work.images)):

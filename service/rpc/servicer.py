@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from convoy.v1 import image_classifier_pb2 as pb
@@ -14,6 +15,7 @@ from service.errors import ConvoyError, EngineError, ImageFault, InvalidImageErr
 from service.repository import Repository
 from service.rpc.describe import details, summary
 from service.serving import ServedModel
+from service.turns import in_turns
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -21,6 +23,9 @@ DEFAULT_TOP_K = 5
 
 # So many images are named when all of a request are unusable: the text of a status travels in the trailers.
 _NAMED_FAULTS = 16
+
+# So many logits are written in the time of a class with its label.
+_LOGITS = 16
 
 # Smaller goes first.
 _PRIORITIES = {pb.PRIORITY_HIGH: -1, pb.PRIORITY_NORMAL: 0, pb.PRIORITY_LOW: 1}
@@ -65,7 +70,7 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         del request  # it has copies of its own
         result = await self._classifier.classify(model, images, query, deadline, shadow)
         _raise_if_all_failed(result)
-        return _response(model, result, time.monotonic() - arrived)
+        return await _response(model, result, time.monotonic() - arrived)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
         """Lists what is served."""
@@ -97,7 +102,7 @@ def _raise_if_all_failed(result: Result) -> None:
     raise InvalidRequestError(named if more <= 0 else f"{named}; and {more} more of {len(faults)} images")
 
 
-def _response(model: ServedModel, result: Result, total_s: float) -> pb.ClassifyResponse:
+async def _response(model: ServedModel, result: Result, total_s: float) -> pb.ClassifyResponse:
     labels = model.version.manifest.classes
     timing = result.timing
     # Built in place: a message given to another one's constructor is copied into it, and so are its parts.
@@ -111,9 +116,23 @@ def _response(model: ServedModel, result: Result, total_s: float) -> pb.Classify
             total_us=_us(total_s),
         ),
     )
-    for outcome in result.outcomes:
-        _fill(response.results.add(), outcome, labels)
+    await in_turns(_filled(response, result, labels), _places(result))
     return response
+
+
+def _filled(response: pb.ClassifyResponse, result: Result, labels: tuple[str, ...]) -> Iterator[pb.ImageResult]:
+    for outcome in result.outcomes:
+        message = response.results.add()
+        _fill(message, outcome, labels)
+        yield message
+
+
+def _places(result: Result) -> int:
+    """Classes of one image, or what a float32 of each class costs beside one."""
+    for outcome in result.outcomes:
+        if isinstance(outcome, Answer):
+            return len(outcome.classes) + (0 if outcome.logits is None else len(outcome.logits) // _LOGITS)
+    return 1
 
 
 def _fill(message: pb.ImageResult, outcome: Answer | InvalidImageError, labels: tuple[str, ...]) -> None:

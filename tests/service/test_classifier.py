@@ -128,6 +128,16 @@ async def test_an_output_that_is_not_finite_fails_only_its_own_image(tmp_path):
     assert found == [76, ImageFault.NON_FINITE_OUTPUT, 78]
 
 
+async def test_an_answer_has_a_bounded_number_of_classes(tmp_path):
+    """It is made on the event loop, where all others wait meanwhile."""
+    async with classifying(tmp_path, toys.ToyEngine(classes=2000)) as bench:
+        images = [toys.grey_png(level) for level in range(200)]
+        with pytest.raises(InvalidRequestError, match=r"2000 classes of 200 images .* at most 262144 in all"):
+            await bench.ask(images, Query(top_k=5000))
+
+        assert len(winners(await bench.ask(images[:100], Query(top_k=5000)))) == 100
+
+
 def outputs(*rows, logits=None):
     probabilities = np.asarray(rows, np.float32)
     return Outputs(probabilities * 2 if logits is None else np.asarray(logits, np.float32), probabilities)

@@ -88,7 +88,9 @@ class ClassifyRequest(_message.Message):
     version: _builtins.int
     """Version to use. Unset: the latest that is loaded."""
     top_k: _builtins.int
-    """How many classes to return for each image, best first. 0 or unset: 5. More than the model has: all of them."""
+    """How many classes to return for each image, best first. 0 or unset: 5. More than the model has: all of them. Over all
+    images of a request at most 262,144; `return_logits` has no such bound.
+    """
     min_score: _builtins.float
     """Leaves out classes with a score below this, 0 to 1. An image may then have no class at all."""
     return_logits: _builtins.bool
