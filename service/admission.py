@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from service.errors import ConvoyError, DrainingError, ExpiredError, OverloadedError
 
@@ -111,8 +110,8 @@ class Admission:
         self._paces: dict[Hashable, Pace] = {}
         self._draining = False
 
-    def admit(self, flow: Hashable, images: int, nbytes: int, deadline: float) -> AbstractContextManager[None]:
-        """A place for one request, taken on entering and given back on leaving.
+    def admit(self, flow: Hashable, images: int, nbytes: int, deadline: float) -> Place:
+        """A place for one request, taken on entering and given back on leaving; how many were answered is set in it.
 
         Args:
             flow: what shares fairly; the model.
@@ -125,7 +124,7 @@ class Admission:
             ExpiredError: the deadline has passed already.
             OverloadedError: a bound would be exceeded, or the answer would come too late; nothing was admitted.
         """
-        return _Place(self, flow, images, nbytes, deadline)
+        return Place(self, flow, images, nbytes, deadline)
 
     def refusal(self, flows: Iterable[Hashable], deadline: float) -> ConvoyError | None:
         """Why not even one image could be admitted now, whatever its flow; None if it could, or if there is no flow.
@@ -169,7 +168,7 @@ class Admission:
             pace = self._paces[flow] = Pace()
         now = self._clock()
         pace.left(answered, held.images, now)
-        if entry.alone and answered:
+        if entry.alone and answered == images:
             pace.alone(answered, now - entry.since)
 
     def drain(self) -> None:
@@ -220,18 +219,25 @@ def _full(what: str, asked: int, held: int, pending: int, most: int) -> Overload
     return OverloadedError(text, what, _RETRY_AFTER_MS)
 
 
-class _Place:
-    """What `admit` gives; a generator would take as long as all the rest of admission."""
+class Place:
+    """What `admit` gives; a generator would take as long as all the rest of admission.
 
-    __slots__ = ("_admission", "_entry", "_request")
+    Attributes:
+        answered: images that were answered, to be set before leaving. Those that could not be used take next to no time
+            and are none: as a measure of the pace they would promise a hundred times what the model can do.
+    """
+
+    __slots__ = ("_admission", "_entry", "_request", "answered")
 
     def __init__(self, admission: Admission, flow: Hashable, images: int, nbytes: int, deadline: float) -> None:
         self._admission = admission
         self._request = flow, images, nbytes, deadline
+        self.answered = 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._entry = self._admission.enter(*self._request)
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         flow, images, nbytes, _ = self._request
-        self._admission.leave(flow, images, nbytes, 0 if kind else images, self._entry)
+        self._admission.leave(flow, images, nbytes, self.answered, self._entry)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.admission import Admission
-from service.decode import Decoder, Encoded, Faults, decode_here, is_thumbnail
+from service.decode import Decoder, Encoded, Faults, decode_here, is_light
 from service.engine import Outputs
 from service.errors import ConvoyError, ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
 from service.metrics import Metrics
@@ -51,10 +51,14 @@ class Query(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Of one image: `classes` (index, score) best first, `logits` float32[K] if asked for."""
+    """Of one image: `classes` (index, score) best first, `logits` float32[K] if asked for.
+
+    `best`: index of the best class, also if its score is too small to be returned.
+    """
 
     classes: Sequence[tuple[int, float]]
     logits: NDArray[np.float32] | None
+    best: int
 
 
 class Timing(NamedTuple):
@@ -70,6 +74,11 @@ class Result(NamedTuple):
 
     outcomes: list[Answer | InvalidImageError]
     timing: Timing
+
+    @property
+    def answered(self) -> int:
+        """Images that were classified."""
+        return sum(isinstance(outcome, Answer) for outcome in self.outcomes)
 
 
 class Classifier:
@@ -118,12 +127,14 @@ class Classifier:
         """
         self._check(model, images, query)
         began = time.monotonic()
-        with model.in_use(), self._admission.admit(model.name, len(images), sum(map(len, images)), deadline):
+        nbytes = sum(map(len, images))
+        with model.in_use(), self._admission.admit(model.name, len(images), nbytes, deadline) as place:
             result = await self._work(model, images, query, deadline)
+            place.answered = result.answered
         self._record(model, result, time.monotonic() - began)
         if shadow is not None:
             again = self._shadowed(shadow, images, deadline + (time.monotonic() - began))
-            self._shadow.copy(shadow.name, shadow.number, _best(result), again)
+            self._shadow.copy(shadow.name, shadow.number, _best(result), nbytes, again)
         return result
 
     def refusal(self, names: Iterable[str], deadline: float) -> ConvoyError | None:
@@ -183,7 +194,7 @@ class Classifier:
         return Result([faults.get(position) or next(rest) for position in range(len(images))], timing)
 
     async def _decode(self, flow: str, work: Encoded, query: Query, deadline: float) -> tuple[Faults, Timing]:
-        if all(map(is_thumbnail, work.images)):
+        if is_light(work):
             began = time.monotonic()
             return decode_here(work), Timing(0.0, time.monotonic() - began, 0.0)
         decoding = self._decoder.submit(work, len(work.images), deadline, flow=flow, priority=query.priority)
@@ -199,7 +210,7 @@ class Classifier:
         faults = [outcome for outcome in result.outcomes if isinstance(outcome, InvalidImageError)]
         if result.timing.inference_s:  # without a usable image nothing was inferred
             series.infer.observe(result.timing.inference_s)
-        series.classified.inc(len(result.outcomes) - len(faults))
+        series.classified.inc(result.answered)
         if faults:
             series.failed.inc(len(faults))
         for fault in faults:
@@ -222,9 +233,10 @@ def answers(outputs: Outputs, query: Query) -> Iterator[Answer | InvalidImageErr
             )
             continue
         ranked = _ranked(probabilities, query.top_k)
+        best = ranked[0][0]
         if query.min_score > 0:
             ranked = [(index, score) for index, score in ranked if score >= query.min_score]
-        yield Answer(ranked, logits if query.logits else None)
+        yield Answer(ranked, logits if query.logits else None, best)
 
 
 def _finite(values: NDArray[np.float32]) -> bool:
@@ -259,11 +271,8 @@ def _first_places(probabilities: NDArray[np.float32], places: int) -> list[tuple
 
 
 def _best(result: Result) -> list[int | None]:
-    """Index of the best class of each image; None where there is none."""
-    return [
-        outcome.classes[0][0] if isinstance(outcome, Answer) and outcome.classes else None
-        for outcome in result.outcomes
-    ]
+    """Index of the best class of each image; None for one that could not be used."""
+    return [outcome.best if isinstance(outcome, Answer) else None for outcome in result.outcomes]
 
 
 def _chunks(images: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

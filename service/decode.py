@@ -32,6 +32,8 @@ class Encoded(NamedTuple):
 # Both bounds: a small file can unfold to any number of pixels, and a few pixels can hide in a large file.
 _THUMBNAIL_BYTES = 4096
 _THUMBNAIL_PIXELS = 64 * 64
+# To enlarge some of them to the size of a large input takes milliseconds.
+_PIXELS_HERE = 16 * _THUMBNAIL_PIXELS
 # Chunks of a PNG that unfold as well, to a MiB each.
 _PACKED = (b"iCCP", b"zTXt", b"iTXt")
 
@@ -40,8 +42,14 @@ Faults = dict[int, InvalidImageError]
 Decoder = Batcher[Encoded, Faults]
 
 
+def is_light(work: Encoded) -> bool:
+    """Whether decoding takes less time than handing it to a thread: few thumbnails, for a model of small images."""
+    made = len(work.images) * work.spec.height * work.spec.width
+    return made <= _PIXELS_HERE and all(map(is_thumbnail, work.images))
+
+
 def is_thumbnail(data: bytes) -> bool:
-    """Whether decoding takes less time than handing it to a thread; damaged and unknown images are none."""
+    """Whether it is small in every respect; damaged and unknown images are none."""
     if len(data) > _THUMBNAIL_BYTES or any(kind in data for kind in _PACKED):
         return False
     try:

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Plat
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # What a refused request met: the bounds, the forecast, CoDel, the end of the server, a model still loading, too many
 # calls that have not sent their message.
+ROLES = ("answer", "shadow")
+SHADOW_OUTCOMES = ("agree", "disagree", "failed", "skipped")
 SHED = ("images", "bytes", "deadline", "codel", "draining", "not_ready", "unsent")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -122,7 +124,7 @@ class Metrics:
         )
         self.shadow_images = Counter(
             "convoy_shadow_images",
-            "Images also classified by a shadow version: agree, disagree, failed, skipped.",
+            f"Images also classified by a shadow version: {', '.join(SHADOW_OUTCOMES)}.",
             ("model", "version", "outcome"),
             registry=registry,
         )
@@ -180,6 +182,14 @@ class Metrics:
         for gauge in (self.model_load_seconds, self.canary_difference, self.canary_ok):
             with contextlib.suppress(KeyError):
                 gauge.remove(*labels)
+
+    def model_released(self, model: str, version: int) -> None:
+        """Nothing works on a version any more that is out of service: what was counted of it ends, too."""
+        self._answer_series.pop((model, version), None)
+        for metric, lasts in ((self.version_seconds, ROLES), (self.shadow_images, SHADOW_OUTCOMES)):
+            for each in lasts:
+                with contextlib.suppress(KeyError):
+                    metric.remove(model, str(version), each)
 
     def answer_series(self, model: str, version: int) -> AnswerSeries:
         """What every answered request of a version observes, looked up once."""

@@ -506,6 +506,8 @@ class Repository:
         name, number = served.name, served.number
         await served.release(self._release_timeout_s)
         del served
+        if number not in self._models[name].served:  # else another of this number, loaded again, goes on counting
+            self._metrics.model_released(name, number)
         await asyncio.to_thread(trim_memory)
         _log.info("model released", model=name, version=number)
 

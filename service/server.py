@@ -125,8 +125,8 @@ class Server:
         self._every(settings.repository_poll_s, self.repository.poll)
         self._every(settings.canary_interval_s, self.repository.check_canaries)
         self._state = "ready"
-        self.metrics.ready.set(1)
-        await self._listener.ready(ready=True)
+        self.metrics.ready.set(not self._device_lost)
+        await self._listener.ready(ready=not self._device_lost)
         self._announce()
 
     async def shutdown(self) -> None:

@@ -97,9 +97,9 @@ class ServedModel:
         except TimeoutError:
             pass  # its callers' deadlines have passed; the batcher fails what is left
         await self.batcher.close()
-        for engine in self._engines:
-            engine.close()
-        self._engines.clear()
+        engines, self._engines = self._engines, []
+        for engine in engines:
+            await asyncio.to_thread(engine.close)  # to give back gigabytes takes a while
 
 
 class _Users:

@@ -10,8 +10,11 @@ from typing import Any
 from service.errors import ConvoyError
 from service.metrics import Metrics
 
-# Copies that may be under way at once; more are skipped and counted, so that a slow shadow costs no memory.
+# What may be under way at once: copies, and of more than one copy images and their bytes. The rest is skipped and
+# counted, so that a slow shadow costs little memory: nothing else counts what it holds.
 _MAX_COPIES = 16
+_MAX_IMAGES = 256
+_MAX_BYTES = 64 << 20
 
 
 class Shadow:
@@ -24,9 +27,16 @@ class Shadow:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
+        self._images = 0
+        self._bytes = 0
 
     def copy(
-        self, model: str, version: int, answered: Sequence[int | None], work: Coroutine[Any, Any, Sequence[int | None]]
+        self,
+        model: str,
+        version: int,
+        answered: Sequence[int | None],
+        nbytes: int,
+        work: Coroutine[Any, Any, Sequence[int | None]],
     ) -> None:
         """Lets the shadow version classify the same images and compares.
 
@@ -34,17 +44,30 @@ class Shadow:
             model: name of the model.
             version: number of the shadow version.
             answered: best class of each image as it was answered; None for an image that could not be used.
+            nbytes: of the encoded images.
             work: gives the same for the shadow version.
         """
-        if len(self._tasks) >= _MAX_COPIES:
+        if self._is_full(len(answered), nbytes):
             work.close()
             self._count(model, version, "skipped", len(answered))
             return
         task = asyncio.create_task(self._run(model, version, answered, work))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # Cancelled before its first step, the task never gets to `work`.
-        task.add_done_callback(lambda _: work.close())
+        self._images += len(answered)
+        self._bytes += nbytes
+
+        def ended(_: object) -> None:
+            self._tasks.discard(task)
+            self._images -= len(answered)
+            self._bytes -= nbytes
+            work.close()  # cancelled before its first step, the task never gets to it
+
+        task.add_done_callback(ended)
+
+    def _is_full(self, images: int, nbytes: int) -> bool:
+        return len(self._tasks) >= _MAX_COPIES or (
+            bool(self._tasks) and (self._images + images > _MAX_IMAGES or self._bytes + nbytes > _MAX_BYTES)
+        )
 
     async def close(self) -> None:
         """Ends the copies under way."""

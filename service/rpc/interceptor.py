@@ -28,8 +28,6 @@ Context = aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
 Gate = Callable[[Context], ConvoyError | None]
 
-_log = logs.get("rpc")
-
 
 class Arrivals:
     """When calls arrive, and whether they are still taken. Health is neither counted nor refused."""
@@ -181,7 +179,8 @@ class _Watched:
             await context.abort(code, "the request is damaged, or no message of this method", trailers)
         except Exception as error:  # noqa: BLE001  # whatever it is, the client gets a status and the log the cause
             code = status.code_of(error)
-            _log_internal(error, code)
+            if code is grpc.StatusCode.INTERNAL or isinstance(error, EngineError):
+                self._failures.caused(error)
             if isinstance(error, UnavailableError):
                 self._shed.labels(error.reason).inc()
             trailers += status.retry_pushback(error)
@@ -212,12 +211,6 @@ def _code_of_abort(context: Context) -> grpc.StatusCode:
     """The status a method aborted with; the library gives it as the constant or as its number."""
     sent: Any = context.code()
     return next((code for code in grpc.StatusCode if sent in (code, code.value[0])), grpc.StatusCode.UNKNOWN)
-
-
-def _log_internal(error: Exception, code: grpc.StatusCode) -> None:
-    if code is grpc.StatusCode.INTERNAL or isinstance(error, EngineError):
-        unexpected = not isinstance(error, ConvoyError)
-        _log.error("internal error", error=f"{type(error).__name__}: {error}", exc_info=unexpected)
 
 
 def _camel(code: grpc.StatusCode) -> str:

@@ -83,6 +83,7 @@ class Listener:
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._is_lost = False
         self.port = 0
 
     async def start(self) -> None:
@@ -98,11 +99,13 @@ class Listener:
 
     async def ready(self, *, ready: bool) -> None:
         """Tells load balancers whether to send traffic. Liveness stays."""
+        ready = ready and not self._is_lost
         state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         await self._set(state, HealthName.READINESS, "", SERVICE)
 
     async def lost(self) -> None:
         """Tells the orchestrator to restart this process: it cannot serve any more. There is no way back."""
+        self._is_lost = True
         await self._set(
             health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.LIVENESS, HealthName.READINESS, "", SERVICE
         )

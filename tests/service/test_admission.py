@@ -39,10 +39,15 @@ def admission(clock):
     return House(clock)
 
 
-def hold(admission, images, nbytes=0, flow="a", deadline=FOREVER):
-    """Admits a request that stays in the house; `close()` lets it out."""
+def hold(admission, images, nbytes=0, flow="a", deadline=FOREVER, usable=None):
+    """Admits a request that stays in the house; `close()` lets it out, its (usable) images being answered."""
     stack = ExitStack()
-    stack.enter_context(admission.admit(flow, images, nbytes, deadline))
+    place = stack.enter_context(admission.admit(flow, images, nbytes, deadline))
+
+    def answer(failure, *_):
+        place.answered = 0 if failure else images if usable is None else usable
+
+    stack.push(answer)
     admission.guests.append(stack)
     return stack
 
@@ -276,6 +281,17 @@ def test_failures_do_not_make_the_pace_look_faster(admission, clock):
     hold(admission, 9)
 
     assert admission.forecast_s("a", 1) == pytest.approx(1.0, rel=0.15)
+
+
+@pytest.mark.parametrize("usable", [0, 1, 63])
+def test_images_that_cannot_be_used_do_not_make_the_pace_look_faster(admission, clock, usable):
+    answer_backlog(admission, clock, seconds_per_image=0.1)
+    request = hold(admission, 64, usable=usable)
+    clock.now += 0.0001
+    request.close()
+    hold(admission, 9)
+
+    assert admission.forecast_s("a", 1) == pytest.approx(1.0, rel=0.1)
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -12,6 +12,7 @@ import toys
 
 from service import classifier, serving
 from service.admission import Admission
+from service.artifact import InputSpec, Resize
 from service.classifier import Classifier, Query, answers
 from service.decode import decode_pool
 from service.engine import Outputs
@@ -45,9 +46,10 @@ class Bench:
 
 
 @asynccontextmanager
-async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0.0):
+async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0.0, size=8):
     metrics, admission = Metrics(), Admission(max_pending, 1 << 20)
-    version = toys.write_version(root, classes=engine.classes)
+    spec = InputSpec(height=size, width=size, channels=1, resize=Resize(mode="stretch"))
+    version = toys.write_version(root, classes=engine.classes, spec=spec)
     model, _ = serving.load(
         version,
         lambda _: [engine],
@@ -376,3 +378,38 @@ async def test_thumbnails_of_a_large_request_leave_others_their_turns(tmp_path, 
 
     assert len(asking.result().outcomes) == 64
     assert len(turns) == len(set(turns)) == 4
+
+
+async def test_thumbnails_for_a_large_input_are_enlarged_by_a_thread(tmp_path, monkeypatch):
+    """To enlarge 256 of them on the event loop would hold it for a fifth of a second."""
+    monkeypatch.setattr(classifier, "decode_here", pytest.fail)
+    async with classifying(tmp_path, toys.ToyEngine(classes=256), size=600) as bench:
+        assert winners(await bench.ask([toys.grey_png(9)])) == [9]
+
+
+async def test_a_shadow_is_compared_whatever_score_the_caller_asks_for(bench):
+    deadline = time.monotonic() + 20
+    images = (toys.grey_png(9), toys.grey_png(250))
+    result = await bench.classifier.classify(bench.model, images, Query(min_score=1.0), deadline, bench.model)
+    assert [outcome.classes for outcome in result.outcomes] == [[], []]
+
+    def counted(outcome):
+        labels = {"model": "grey", "version": "1", "outcome": outcome}
+        return bench.metrics.registry.get_sample_value("convoy_shadow_images_total", labels)
+
+    await toys.eventually(lambda: counted("agree"))
+    assert (counted("agree"), counted("disagree")) == (2, 0)
+
+
+@pytest.mark.parametrize(("images", "answered"), [([BROKEN, b""], 0), ([BROKEN, toys.grey_png(1)], 1)])
+async def test_images_that_cannot_be_used_are_not_taken_for_answers(bench, monkeypatch, images, answered):
+    left = []
+
+    def leave(*args):
+        left.append(args[3])
+        Admission.leave(bench.admission, *args)
+
+    monkeypatch.setattr(bench.admission, "leave", leave)
+    await bench.ask(images)
+
+    assert left == [answered]

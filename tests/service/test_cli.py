@@ -276,7 +276,7 @@ def test_only_bad_images_are_named_one_by_one(convoy, served, tmp_path, count):
         (["serve", "--port", "eighty"], 2, "eighty"),
         (["serve", "--port", "99999"], 2, "port"),
         (["serve", "--config", "/nowhere.yaml"], 2, "/nowhere.yaml does not exist"),
-        (["serve", "--repository", "/nowhere"], 2, "/nowhere does not exist"),
+        (["serve", "--repository", "/nowhere", "--port", "0", "--http-port", "0"], 2, "/nowhere does not exist"),
         (["inspect", "/nowhere"], 2, "/nowhere"),
         (["classify", "/nowhere.png"], 3, "/nowhere.png does not exist"),
         (["classify", "x.png", "--version", str(2**63)], 2, "--version"),

@@ -57,7 +57,7 @@ async def opened(root, before_load=lambda gently: None, *, source=None, **option
         )
 
     repository = Repository(source or LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
-    repository.registry = metrics.registry
+    repository.metrics, repository.registry = metrics, metrics.registry
     try:
         yield repository
     finally:
@@ -919,3 +919,42 @@ async def test_memory_that_is_short_for_a_while_does_not_keep_a_version_out(root
 
         assert "not enough memory" in reason
         assert served(repository) == [("grey", 11)]
+
+
+async def test_what_was_counted_of_a_version_ends_with_it(root):
+    """Each version that ever was would stay in the metrics, and be sent at each scrape."""
+    async with opened(root, names=("grey",)) as repository:
+        await repository.load_all()
+        metrics, lines = repository.metrics, []
+
+        def scraped():
+            return prometheus_client.generate_latest(repository.registry).decode().splitlines()
+
+        for number in range(11, 15):
+            toys.write_version(root, "grey", number)
+            await repository.poll()
+            metrics.answer_series("grey", number).total.observe(1.0)
+            metrics.shadow_images.labels("grey", str(number), "agree").inc()
+            await toys.eventually(
+                lambda before=number - 1: not any(f'version="{before}"' in line for line in scraped())
+            )
+            lines.append(len(scraped()))
+        assert len(set(lines)) == 1
+
+        await repository.load("grey")  # the same number again: it goes on counting
+        await waiting_for_their_turn()
+        metrics.answer_series("grey", 14).total.observe(1.0)
+        labels = {"model": "grey", "version": "14", "role": "answer"}
+        assert repository.registry.get_sample_value("convoy_version_duration_seconds_count", labels) == 2
+
+
+async def test_engines_are_closed_off_the_event_loop(root):
+    """To give back gigabytes takes a while."""
+    async with opened(root, names=("grey",)) as repository:
+        await repository.load_all()
+        threads, engine = [], repository.get("grey").engine
+        engine.close = lambda: threads.append(threading.current_thread())
+        await repository.load("grey")
+        await toys.eventually(lambda: threads)
+
+        assert threads != [threading.main_thread()]

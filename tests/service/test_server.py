@@ -359,7 +359,10 @@ def wait_for_reader(pipe, timeout_s=20):
 
 
 def test_a_termination_under_load_loses_nothing_that_was_accepted(tmp_path):
-    """Each call was sent before the signal: it is answered from its own image, or was never begun."""
+    """Each call was sent before the signal: it is answered from its own image, or was never begun.
+
+    On a machine that has no time for the server it may be refused, which clients try again elsewhere.
+    """
     toys.write_version(tmp_path, classes=256)
 
     async def load(target, process):
@@ -380,7 +383,7 @@ def test_a_termination_under_load_loses_nothing_that_was_accepted(tmp_path):
     assert code == 0, log
     assert all(winners(outcome) == each for each, outcome in answered)
     assert {outcome.code() for outcome in refused} <= {grpc.StatusCode.UNAVAILABLE}
-    assert "rpc failed" not in log
+    assert {event["code"] for event in process.events() if "code" in event} <= {"UNAVAILABLE"}
     (stopped,) = [event for event in process.events() if event["event"] == "stopped"]
     assert stopped["cancelled_images"] == 0
     assert len(answered) >= 6

@@ -40,14 +40,14 @@ async def settle(metrics, outcomes):
 
 async def test_agreement_is_counted_by_image(metrics):
     shadow = Shadow(metrics)
-    shadow.copy("grey", 2, [1, 2, None], found(1, 3, None))
+    shadow.copy("grey", 2, [1, 2, None], 10, found(1, 3, None))
     await settle(metrics, {"agree": 2, "disagree": 1})
     await shadow.close()
 
 
 async def test_a_copy_that_fails_is_counted_as_such(metrics):
     shadow = Shadow(metrics)
-    shadow.copy("grey", 2, [1, 2], failing())
+    shadow.copy("grey", 2, [1, 2], 10, failing())
     await settle(metrics, {"failed": 2})
     await shadow.close()
 
@@ -60,10 +60,28 @@ async def test_more_copies_than_may_be_under_way_are_skipped(metrics):
         return [1]
 
     for _ in range(20):
-        shadow.copy("grey", 2, [1], held())
+        shadow.copy("grey", 2, [1], 10, held())
     assert counted(metrics) == {"skipped": 4}
     go.set()
     await settle(metrics, {"agree": 16, "disagree": 0, "skipped": 4})
+    await shadow.close()
+
+
+@pytest.mark.parametrize(("images", "nbytes", "fitting"), [(64, 10, 4), (1, 24 << 20, 2), (300, 100 << 20, 1)])
+async def test_what_copies_hold_is_bounded_too_and_one_always_fits(metrics, images, nbytes, fitting):
+    shadow, go = Shadow(metrics), asyncio.Event()
+
+    async def held():
+        await go.wait()
+        return [1] * images
+
+    for _ in range(6):
+        shadow.copy("grey", 2, [1] * images, nbytes, held())
+    assert counted(metrics) == {"skipped": (6 - fitting) * images}
+    go.set()
+    await settle(metrics, {"agree": fitting * images, "disagree": 0, "skipped": (6 - fitting) * images})
+    shadow.copy("grey", 2, [1] * images, nbytes, held())
+    await settle(metrics, {"agree": (fitting + 1) * images, "disagree": 0, "skipped": (6 - fitting) * images})
     await shadow.close()
 
 
@@ -71,7 +89,7 @@ async def test_a_copy_that_never_began_ends_without_a_warning(metrics):
     shadow = Shadow(metrics)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        shadow.copy("grey", 2, [1], found(1))
+        shadow.copy("grey", 2, [1], 10, found(1))
         await shadow.close()  # before the loop could begin it
         gc.collect()
 

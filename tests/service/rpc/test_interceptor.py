@@ -10,6 +10,7 @@ from convoy.v1 import image_classifier_pb2 as pb
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.errors import OutOfMemoryError
 from service.rpc import failures
 
 SERVICE = "convoy.v1.ImageClassifier"
@@ -199,6 +200,22 @@ async def test_of_many_failures_only_some_have_a_line_each_and_the_rest_a_number
         "INTERNAL",
         "UNAVAILABLE",
     ]
+
+
+async def test_causes_are_told_within_the_same_bounds():
+    log = failures.FailureLog()
+    with structlog.testing.capture_logs() as lines:
+        for number in range(500):
+            try:
+                raise OutOfMemoryError("full") if number else KeyError("once")
+            except (OutOfMemoryError, KeyError) as error:
+                log.caused(error)
+        log.close()
+
+    told = [(line["error"], line["exc_info"]) for line in lines if line["event"] == "internal error"]
+    assert told == [("KeyError: 'once'", True), *[("OutOfMemoryError: full", False)] * failures.LINES_PER_SECOND]
+    more = [(line["error"], line["count"]) for line in lines if line["event"] == "more internal errors"]
+    assert more == [("OutOfMemoryError", 499 - failures.LINES_PER_SECOND)]
 
 
 async def test_what_was_not_told_is_told_at_the_end():
