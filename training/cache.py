@@ -1,7 +1,7 @@
 """Decoded images in a mapped file, for sets larger than memory, for several processes, and for the next run.
 
-A cache is a folder named for what is in it: the files (path, size, time of change) and the input's shape and resize
-rule. It appears when it is complete.
+A cache is a folder named for what is in it: the files (path, size, time of change), the input's shape and resize rule,
+and what decoded them. It appears when it is complete.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import psutil
 
 from service.artifact import InputSpec
 from service.errors import DataError
+from training.folders import one_by_one
 from training.listing import Listing
-from training.read import Dataset, Fault, read_images
+from training.read import Dataset, Fault, decoder_version, read_images
 
 _PIXELS, _DIGESTS, _USABLE, _FAULTS = "pixels.npy", "digests.npy", "usable.npy", "faults.json"
 _SHARE_OF_MEMORY = 4
@@ -55,13 +56,29 @@ def read_mapped(
         DataError: as `read_images`, or the disk is full.
     """
     folder = parent / _key(listing, spec, min_side_pixels)
-    if (folder / _PIXELS).exists():
-        advance(len(listing))
-        return _open(listing, folder)
-    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
-        _remove_leftovers(parent)
-        beside.mkdir(parents=True)
+        with one_by_one(folder):
+            if (folder / _PIXELS).exists():
+                advance(len(listing))
+            else:
+                _write(folder, listing, spec, min_side_pixels, workers, advance)
+    except OSError as error:
+        raise DataError(f"the image cache {folder} cannot be written: {error.strerror}") from error
+    return _open(listing, folder)
+
+
+def _write(
+    folder: Path,
+    listing: Listing,
+    spec: InputSpec,
+    min_side_pixels: int,
+    workers: int,
+    advance: Callable[[int], None],
+) -> None:
+    _remove_leftovers(folder.parent)
+    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    beside.mkdir()
+    try:
         _check_space(beside, len(listing) * spec.nbytes)
         shape = (len(listing), *spec.shape)
         pixels = np.lib.format.open_memmap(beside / _PIXELS, mode="w+", dtype=np.uint8, shape=shape)
@@ -74,11 +91,8 @@ def read_mapped(
         np.save(beside / _USABLE, dataset.usable)
         (beside / _FAULTS).write_text(json.dumps([asdict(fault) for fault in faults]), encoding="utf-8")
         beside.rename(folder)
-    except OSError as error:
-        raise DataError(f"the image cache {folder} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return _open(listing, folder)
 
 
 def _reserve(file: Path) -> None:
@@ -108,7 +122,7 @@ def _open(listing: Listing, folder: Path) -> tuple[Dataset, list[Fault]]:
 
 
 def _key(listing: Listing, spec: InputSpec, min_side_pixels: int) -> str:
-    total = hashlib.sha256(f"{spec.model_dump_json()}\0{min_side_pixels}".encode())
+    total = hashlib.sha256(f"{decoder_version()}\0{spec.model_dump_json()}\0{min_side_pixels}".encode())
     for row, path in enumerate(listing.paths):
         try:
             status = listing.file(row).stat()

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as the service's grayscale
 _LEVELS = 256
+_HALF_LEVEL = 0.5 / (_LEVELS - 1)
+_ROUNDING = 1e-3
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -40,7 +42,8 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     """Keeps the highest `bits` of each 8-bit value."""
     step = 2.0 ** (8 - _per_image(bits))
-    return (images * (_LEVELS - 1) / step).floor() * step / (_LEVELS - 1)
+    # Resampling leaves exact levels a little below themselves, and a whole step would be lost.
+    return (images * (_LEVELS - 1) / step + _ROUNDING).floor() * step / (_LEVELS - 1)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
@@ -52,7 +55,8 @@ def autocontrast(images: Tensor) -> Tensor:
     """Stretches each channel to 0..1; a constant channel stays."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     span = high - low
-    return torch.where(span > 0, (images - low) / span.clamp(min=1 / _LEVELS**2), images)
+    # What resampling leaves of a constant channel differs in the last bits.
+    return torch.where(span > _HALF_LEVEL, (images - low) / span.clamp(min=_HALF_LEVEL), images)
 
 
 def equalize(images: Tensor) -> Tensor:

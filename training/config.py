@@ -124,7 +124,10 @@ class OptimiserConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """How the learning rate moves. `warmup`: fraction of all steps in which it rises; `final`: last rate over peak."""
+    """How the learning rate moves.
+
+    `warmup`: fraction of all steps in which it rises. `final`: what it falls to, over the peak.
+    """
 
     name: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
     warmup: Fraction = 0.3

@@ -5,11 +5,12 @@ None is ever overwritten.
 
 from __future__ import annotations
 
+import fcntl
 import re
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,35 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def one_by_one(folder: Path) -> Iterator[None]:
+    """Of several processes that would make the same folder one does, and the others wait for it; makes the parent.
+
+    Without effect where the file system knows no locks.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def new_run(parent: Path, experiment: Experiment) -> Path:
-    """Makes `<parent>/<next number>/` and writes the settings into it."""
+    """Makes `<parent>/<next number>/`, whoever else does so at the same time, and writes the settings into it."""
     check_writable(parent, "the folder of runs")
-    folder = parent / str(max(_numbers(parent), default=0) + 1)
     settings = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    number = max(_numbers(parent), default=0) + 1
+    while True:
+        folder = parent / str(number)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise TrainingError(f"{folder} cannot be made: {error.strerror}; make room and try again") from error
+        else:
+            break
     with writing(folder):
-        folder.mkdir()
         (folder / SETTINGS).write_text(settings, encoding="utf-8")
     return folder
 

@@ -232,7 +232,7 @@ class Trainer:
         if "val_accuracy" not in figures:
             return True
         score = (figures["val_accuracy"], -figures["val_loss"])
-        if self.progress.best is not None and score <= self.progress.best:
+        if self.progress.best is not None and not score > self.progress.best:  # a loss that is no number beats none
             return False
         self.progress.best = score
         return True

@@ -7,11 +7,15 @@ GIL), and what cannot be used is reported with its path instead of ending an epo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +30,21 @@ from service.preprocess import preprocess
 from training.listing import SPLIT_NAMES, UNDECIDED, Listing
 
 _CHUNK = 32
+_DECODERS = ("preprocess", "decode_jpeg", "decode_pillow", "exif", "geometry", "image_header", "jpeg_markers")
+_LIBRARIES = ("simplejpeg", "pillow", "cykooz-resizer")
 _GRAYSCALE_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
+
+
+@functools.cache
+def decoder_version() -> str:
+    """What pixels depend on beside file and input: the service's code, and the versions of its libraries.
+
+    Part of every cache's key: training on pixels that the service does not make any more would go unnoticed.
+    """
+    code = hashlib.sha256()
+    for name in _DECODERS:
+        code.update(inspect.getsource(importlib.import_module(f"service.{name}")).encode())
+    return " ".join([code.hexdigest(), *(f"{library}={metadata.version(library)}" for library in _LIBRARIES)])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ def rate(config: ScheduleConfig, step: int, total: int) -> float:
         return (1 - math.cos(math.pi * done)) / 2 if config.name == "one-cycle" else done
     if config.name == "constant":
         return 1.0
-    start = warmup if config.warmup else 0
-    done = (step - start) / max(1, total - start)
+    # The end of the warm-up has had the peak. The final rate, mostly 0, comes after the last step: it teaches nothing.
+    first = warmup - 1 if config.warmup else 0
+    done = (step - first) / (total - first)
     return config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2

@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
 from service.preprocess import preprocess
+from training.folders import one_by_one
 from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
-from training.read import Fault, channels_of
+from training.read import Fault, channels_of, decoder_version
 from training.shards import Sample, ShardSet, find_shards, part_of, read_shard
 from training.tables import table_entries
 
@@ -120,17 +121,19 @@ def scan(
     given = {part_of(url) for url in urls}
     shares = {p: 0.0 if p in given else s for p, s in ((VALIDATION, validation), (TEST, test))}
     folder = parent / _key(urls, spec, shares, seed)
-    if not folder.exists():
-        beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-        shutil.rmtree(beside, ignore_errors=True)
-        try:
-            beside.mkdir(parents=True)
-            _Scan(beside, spec, shares, seed).run(urls, workers, advance)
-            beside.rename(folder)
-        except OSError as error:
-            raise DataError(f"what is held out of the shards cannot be written to {parent}: {error}") from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with one_by_one(folder):
+            if not folder.exists():
+                beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+                shutil.rmtree(beside, ignore_errors=True)
+                try:
+                    beside.mkdir()
+                    _Scan(beside, spec, shares, seed).run(urls, workers, advance)
+                    beside.rename(folder)
+                finally:
+                    shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"what is held out of the shards cannot be written to {parent}: {error}") from error
     return _open(folder, urls, _class_names(source))
 
 
@@ -299,7 +302,9 @@ def _class_names(source: Path) -> list[str]:
 
 
 def _key(urls: Sequence[str], spec: InputSpec, shares: Mapping[int, float], seed: int) -> str:
-    total = hashlib.sha256(f"{_FORMAT}\0{spec.model_dump_json()}\0{sorted(shares.items())}\0{seed}".encode())
+    total = hashlib.sha256(
+        f"{_FORMAT}\0{decoder_version()}\0{spec.model_dump_json()}\0{sorted(shares.items())}\0{seed}".encode()
+    )
     for url in urls:
         system, path = fsspec.core.url_to_fs(url)
         try:

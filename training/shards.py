@@ -143,7 +143,9 @@ class _Tail:
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[Sample]:
-    files = ((PurePosixPath(member.name), archive.extractfile(member)) for member in archive)
+    paths = ((PurePosixPath(member.name), member) for member in archive)
+    # Hidden files, which tar on a Mac puts between those of a sample, would part them.
+    files = ((path, archive.extractfile(member)) for path, member in paths if not path.name.startswith("."))
     for key, run in groupby(files, key=lambda file: _key_of(file[0])):
         sample, wanted = Sample(key, "", b"", ""), False
         for path, content in run:

@@ -30,7 +30,8 @@ Direction = Literal["maximize", "minimize"]
 _KIND = "convoy"  # attribute of the study: what its trials have in common
 _LOCK_KEY = zlib.crc32(b"convoy tune")
 _BUSY_S = 60
-_DEATHS = 2  # a trial that has cost so many workers their lives is not begun again
+_RETRIES = 2  # so often a trial is begun again whose worker died
+_STOPPED = "convoy_stopped"  # attribute of a trial: numbers of those that were stopped in order and that it repeats
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,21 @@ class SharedStudy:
         return waiting + max(0, budget - len(effective(trials)))
 
     def put_back(self, number: int) -> None:
-        """A trial that was cut short will be repeated with the same values, by whichever worker comes first."""
+        """A trial that was cut short will be repeated with the same values, by whichever worker comes first.
+
+        Not by Optuna's own way, which would count it as another death of a worker.
+        """
         trial = next(t for t in self.study.get_trials(deepcopy=True) if t.number == number)
-        _retry(None)(self.study, trial)
+        stopped = [*trial.system_attrs.get(_STOPPED, ()), number]
+        self.study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs=trial.user_attrs,
+                system_attrs={**trial.system_attrs, _STOPPED: stopped},
+            )
+        )
 
     def close(self) -> None:
         """Gives connections back."""
@@ -166,7 +179,8 @@ class SharedStudy:
 
 def effective(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """The trials without those that have been put back: what the budget counts."""
-    repeated = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    keys = ("retry_history", _STOPPED)
+    repeated = {number for trial in trials for key in keys for number in trial.system_attrs.get(key, ())}
     return [trial for trial in trials if trial.number not in repeated]
 
 
@@ -180,14 +194,14 @@ def _open(url: URL, heartbeat: Heartbeat) -> RDBStorage:
             engine_kwargs=sqlite or {"pool_pre_ping": True},
             heartbeat_interval=heartbeat.interval_s,
             grace_period=heartbeat.grace_s,
-            heartbeat_stale_trial_callback=_retry(_DEATHS),
+            heartbeat_stale_trial_callback=_retry_of_dead(),
         )
 
 
-def _retry(most: int | None) -> RetryHeartbeatStaleTrialCallback:
+def _retry_of_dead() -> RetryHeartbeatStaleTrialCallback:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # as above
-        return RetryHeartbeatStaleTrialCallback(max_retry=most)
+        return RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES)
 
 
 def _make_parent(url: URL) -> None:

@@ -1,7 +1,8 @@
 """TrivialAugment, wide: one operation per image with one random strength, nothing to tune.
 
 Müller and Hutter, arXiv:2103.10158. The geometric operations become part of the batch's affine maps, the others run on
-the images that drew them. Translation is up to a seventh of the side, which is 32 of 224 pixels.
+the images that drew them. Translation is up to a seventh of the side, which is 32 of 224 pixels; images are sheared
+about their corner and turned about their centre.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def geometric_operations(uniform: Tensor, aspect: float) -> Tensor:
     shear_x, shear_y = of(Operation.SHEAR_X, 1.0), of(Operation.SHEAR_Y, 1.0)
     shift_x = of(Operation.TRANSLATE_X, 2 * _TRANSLATION / _STRENGTH)
     shift_y = of(Operation.TRANSLATE_Y, 2 * _TRANSLATION / _STRENGTH)
-    row_x = torch.stack([angle.cos(), (shear_x - angle.sin()) * aspect, shift_x], dim=1)
-    row_y = torch.stack([(shear_y + angle.sin()) / aspect, angle.cos(), shift_y], dim=1)
+    row_x = torch.stack([angle.cos(), (shear_x - angle.sin()) * aspect, shift_x + shear_x * aspect], dim=1)
+    row_y = torch.stack([(shear_y + angle.sin()) / aspect, angle.cos(), shift_y + shear_y / aspect], dim=1)
     return torch.stack([row_x, row_y], dim=1)
 
 

@@ -10,7 +10,7 @@ from service.artifact import InputSpec
 from service.errors import DataError
 from training.cache import choose, read_mapped
 from training.data import list_images
-from training.read import read_images
+from training.read import decoder_version, read_images
 
 SPEC = InputSpec(height=16, width=16, channels=1)
 
@@ -37,13 +37,44 @@ def test_the_next_run_opens_what_is_there(digit_folder, tmp_path):
     assert file.stat().st_mtime_ns == written
     assert done == 300
     np.testing.assert_array_equal(first.images, second.images)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("[!.]*"))) == 1
 
 
 def test_another_size_is_another_cache(digit_folder, tmp_path):
     mapped(digit_folder, tmp_path)
     dataset, _, _ = mapped(digit_folder, tmp_path, InputSpec(height=8, width=8, channels=1))
     assert dataset.images.shape == (300, 8, 8, 1)
+
+
+def test_what_another_decoder_made_is_another_cache(digit_folder, tmp_path, monkeypatch):
+    mapped(digit_folder, tmp_path)
+    monkeypatch.setattr("training.cache.decoder_version", lambda: "another")
+    mapped(digit_folder, tmp_path)
+    assert len(list(tmp_path.glob("[!.]*"))) == 2
+
+
+def test_the_version_of_the_decoder_names_what_makes_pixels():
+    code, *libraries = decoder_version().split()
+    assert len(code) == 64
+    assert [each.partition("=")[0] for each in libraries] == ["simplejpeg", "pillow", "cykooz-resizer"]
+    assert all(each.partition("=")[2] for each in libraries)
+
+
+def test_of_processes_that_begin_together_one_reads(digit_folder, tmp_path):
+    """As the workers of a study do; each would read all images, and all but the first fail at the end."""
+    script = (
+        "import sys; from pathlib import Path; from training.cache import read_mapped; "
+        "from training.data import list_images; from service.artifact import InputSpec; told = []; "
+        "read = read_mapped(list_images(Path(sys.argv[1])), InputSpec(height=28, width=28, channels=1), "
+        "Path(sys.argv[2]), min_side_pixels=1, workers=1, advance=told.append); print(len(read[0]), len(told))"
+    )
+    command = [sys.executable, "-c", script, str(digit_folder), str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    told = sorted(tuple(map(int, process.communicate()[0].split())) for process in pair)
+    assert [process.returncode for process in pair] == [0, 0]
+    assert [images for images, _ in told] == [300, 300]
+    assert told[0][1] == 1 < told[1][1]
 
 
 def test_faults_are_kept_with_the_pixels(tmp_path, digit_folder):
@@ -83,7 +114,7 @@ def test_what_killed_runs_left_is_removed_after_a_day(digit_folder, tmp_path):
         for path in (tmp_path / name / "pixels.npy", tmp_path / name):
             os.utime(path, times=(time.time() - age_s,) * 2)
     mapped(digit_folder, tmp_path)
-    assert sorted(folder.name for folder in tmp_path.glob(".*")) == [".young.writing-2"]
+    assert sorted(folder.name for folder in tmp_path.glob(".*.writing-*")) == [".young.writing-2"]
 
 
 def test_a_full_disk_is_an_error_and_not_a_killed_process(digit_folder, tmp_path):
@@ -100,4 +131,4 @@ def test_a_full_disk_is_an_error_and_not_a_killed_process(digit_folder, tmp_path
     assert done.returncode == 1
     assert "DataError: the image cache" in done.stderr
     assert "File too large" in done.stderr
-    assert not list((tmp_path / "cache").iterdir())
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]

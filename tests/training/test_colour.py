@@ -54,6 +54,16 @@ def test_equalize_agrees_with_pillow(picture):
     assert difference(colour.equalize(tensor(picture)), ImageOps.equalize(picture)) < 0.01
 
 
+def test_what_resampling_leaves_of_exact_values_is_taken_for_them():
+    """`grid_sample` leaves them some 1e-7 off: a constant channel would turn black, a level lose a whole step."""
+    torch.manual_seed(0)
+    levels = torch.randint(0, 4, (2, 3, 16, 16)) * 64 / 255
+    flat = torch.full((2, 3, 16, 16), 200 / 255)
+    off = (torch.rand(2, 3, 16, 16) - 0.5) * 4e-7
+    torch.testing.assert_close(colour.autocontrast(flat + off), flat, atol=1e-6, rtol=0)
+    torch.testing.assert_close(colour.posterize(levels + off, torch.tensor([2, 2])), levels, atol=1e-6, rtol=0)
+
+
 def test_constant_images_survive():
     flat = torch.full((2, 3, 8, 8), 0.5)
     factor = torch.tensor([0.2, 1.8])

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ def test_runs_are_numbered_and_never_overwritten(tmp_path):
         latest_run(tmp_path / "digits", "last.pt")
     (folders[1] / "last.pt").write_bytes(b"")  # the third is that of a failed start
     assert latest_run(tmp_path / "digits", "last.pt") == folders[1]
+
+
+def test_runs_that_begin_together_have_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: new_run(tmp_path, Experiment()), range(40)))
+    assert sorted(int(folder.name) for folder in folders) == list(range(1, 41))
 
 
 def test_settings_come_back_and_contradictions_are_refused(tmp_path):

@@ -179,6 +179,15 @@ def test_float16_carries_its_scaler_along(digit_data, tmp_path):
     assert math.isfinite(trainer.progress.history[-1]["train_loss"])
 
 
+def test_an_epoch_whose_loss_is_no_number_is_not_the_best(digit_data, tmp_path, monkeypatch):
+    """Where NaN makes the first class of everything, as a bad model may, too, the accuracies are equal."""
+    trainer = trainer_of(digit_data, tmp_path)
+    losses = iter([0.45, math.nan, 0.5])
+    monkeypatch.setattr(trainer, "_validate", lambda: {"val_loss": next(losses), "val_accuracy": 0.8})
+    trainer.fit(Notes())
+    assert trainer.progress.best_epoch == 1
+
+
 def test_without_validation_the_newest_is_the_best(digit_data, tmp_path):
 
     empty = dataclasses.replace(digit_data.split, validation=np.array([], dtype=np.int64))

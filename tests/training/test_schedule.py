@@ -29,6 +29,12 @@ def test_falls_to_the_final_rate(name):
     assert all(a >= b for a, b in pairwise(fall))
 
 
+@pytest.mark.parametrize("name", ["one-cycle", "cosine"])
+def test_the_peak_is_had_once(name):
+    assert rates(3, name=name, warmup=0.3) == pytest.approx([1.0, 0.75, 0.25])
+    assert rates(10, name=name, warmup=0.3).count(1.0) == 1
+
+
 def test_constant_stays():
     assert set(rates(name="constant", warmup=0.0)) == {1.0}
 

@@ -100,6 +100,15 @@ def test_what_follows_the_first_dot_says_what_a_file_is(tmp_path):
     ]
 
 
+def test_hidden_files_between_those_of_a_sample_do_not_part_them(tmp_path):
+    """As tar writes them on a Mac."""
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("./._a.png", "./a.png", "./._a.cls", "./a.cls", "./b.png", "./.DS_Store", "./b.cls"):
+            add(archive, name, name.encode())
+    found = [(s.key, s.image, s.label) for s in read_shard(str(tmp_path / "s.tar"))]
+    assert found == [("a", b"./a.png", "./a.cls"), ("b", b"./b.png", "./b.cls")]
+
+
 def test_keys_that_start_again_in_each_shard_are_samples_of_their_own(tmp_path):
     held_out = {}
     for number in range(3):

@@ -1,5 +1,8 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn import functional
 
 from training.draws import Column, draws
 from training.trivial import Operation, geometric_operations, operations, photometric_operations
@@ -36,6 +39,29 @@ def test_photometric_operations_change_values_within_range(operation):
         assert not torch.allclose(changed, images)
         assert changed.min() >= 0
         assert changed.max() <= 1
+
+
+@pytest.mark.parametrize("magnitude", [0.25, 1.0])
+@pytest.mark.parametrize(("operation", "row"), [(Operation.SHEAR_X, 0), (Operation.SHEAR_Y, 1)])
+def test_shear_is_about_the_corner_as_in_the_paper(operation, row, magnitude):
+    """About the centre it would take half as much of the image away."""
+    height, width = 32, 64
+    images = torch.rand(1, 1, height, width)
+    uniform = drawn(operation, magnitude=magnitude)
+    shear = 0.99 * magnitude
+    grid = functional.affine_grid(
+        geometric_operations(uniform, height / width), [1, 1, height, width], align_corners=False
+    )
+    ours = functional.grid_sample(images, grid, align_corners=False)[0, 0]
+    matrix = (1, shear, 0, 0, 1, 0) if row == 0 else (1, 0, 0, shear, 1, 0)
+    pillow = Image.fromarray(images[0, 0].numpy()).transform(
+        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+    )
+    inside = torch.from_numpy(np.asarray(pillow).copy()) > 0
+    inside[:, -2:] = inside[-2:] = False  # where the two treat the border in their own ways
+    assert (ours > 0).float().mean() < 1 - 0.4 * shear * (height / width if row == 0 else width / height / 2)
+    close = (ours - torch.from_numpy(np.asarray(pillow).copy())).abs()[inside] < 0.02
+    assert close.float().mean() > 0.9
 
 
 def test_only_the_images_that_drew_an_operation_change():

@@ -25,7 +25,7 @@ from service.errors import ConfigurationError, TrainingError
 from training.cli import train
 from training.config import load_experiment
 from training.display import Display
-from training.study import Heartbeat, storage_url
+from training.study import Heartbeat, SharedStudy, storage_url
 from training.tune import Tuning, tune
 from training.tune_cli import tune as tune_command
 from training.tune_config import TuneConfig
@@ -245,7 +245,7 @@ def cli(arguments, **options):
 
 def repeats_are_equal(trials):
     """Cut-off trials were repeated with the same values; three have run to an end."""
-    repeated = {n: t for t in trials for n in t.system_attrs.get("retry_history", ())}
+    repeated = {n: t for t in trials for n in t.system_attrs.get("convoy_stopped", ())}
     assert {t.number for t in trials if t.state == TrialState.FAIL} == set(repeated)
     assert all(trials[n].params.items() <= t.params.items() for n, t in repeated.items())
     assert sum(t.state in {TrialState.COMPLETE, TrialState.PRUNED} for t in trials) == 3
@@ -327,6 +327,33 @@ def test_a_trial_whose_worker_was_killed_is_repeated(digit_folder, tmp_path, dis
     assert trials[0].state == TrialState.FAIL
     assert trials[1].params == killed.params
     assert trials[1].system_attrs["retry_history"] == [0]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed to be used with Study.optimize")
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_trial_is_begun_again_twice_for_dead_workers_however_often_it_was_stopped(tmp_path):
+    url = storage_url(f"sqlite:///{tmp_path / 's.db'}")
+    shared = SharedStudy(url, "s", direction="maximize", pruner=optuna.pruners.NopPruner(), heartbeat=Heartbeat(1, 2))
+
+    def begun():
+        with shared.claiming():
+            if not shared.remaining(1):
+                return None
+            trial = shared.study.ask()
+            trial.suggest_float("x", 0, 1)
+            return trial
+
+    for _ in range(3):
+        number = begun().number
+        shared.study.tell(number, state=TrialState.FAIL)
+        shared.put_back(number)
+    deaths = 0
+    while (trial := begun()) is not None:
+        shared.study._storage.record_heartbeat(trial._trial_id)  # noqa: SLF001  its worker dies after this
+        deaths += 1
+        wait_for(lambda: bool(shared.study._storage._get_stale_trial_ids(shared.study._study_id)))  # noqa: SLF001
+    shared.close()
+    assert deaths == 3
 
 
 def wait_for(condition, seconds=60):
