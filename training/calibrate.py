@@ -17,6 +17,7 @@ MIN_TEMPERATURE = 0.05
 MAX_TEMPERATURE = 20.0
 
 _RELATIVE_TOLERANCE = 1e-7
+_AT_BOUND = 1e-3
 _MAX_STEPS = 100
 
 
@@ -105,7 +106,8 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
         labels: int64[N], in 0..K-1.
 
     Returns:
-        T between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`; 1.0 if all logits of every image are equal.
+        T between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`; 1.0 if the images ask for endless certainty, or all
+        logits of every image are equal.
 
     Raises:
         TrainingError: no images, labels that do not fit, or logits that are not finite.
@@ -116,7 +118,9 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
         return 1.0
     coldest = _temperature(centred, _target_logit(centred, labels, doubt=0.0))
     warmest = _temperature(centred, _target_logit(centred, labels, doubt=1 / (len(labels) + 1)))
-    return min(max(1.0, coldest), warmest)
+    found = min(max(1.0, coldest), warmest)
+    # Certainty without end is asked for by a few images that happen to be right, such as those of one class alone.
+    return found if found > MIN_TEMPERATURE * (1 + _AT_BOUND) else 1.0
 
 
 def reliability(probabilities: NDArray[np.floating], labels: NDArray[np.int64], bins: int = 15) -> Reliability:

@@ -71,7 +71,8 @@ def curves(series: Mapping[str, Sequence[float]]) -> Markup:
 def reliability_diagram(found: Reliability, title: str) -> Markup:
     """Accuracy of each confidence bin as bars against the diagonal of perfect calibration.
 
-    The gap to the mean confidence of a bin is drawn over its bar; bars are the fainter the fewer images they stand for.
+    The gap to the mean confidence of a bin is drawn on top of the lower of both; bars are the fainter the fewer images
+    they stand for.
     """
     frame = _Frame((0, 1), (0, 1))
     parts = list(frame.axes("confidence", whole_x=False))
@@ -85,8 +86,9 @@ def reliability_diagram(found: Reliability, title: str) -> Markup:
         hint = f"{left:.2f} to {right:.2f}: {count} images, confidence {confidence:.3f}, accuracy {accuracy:.3f}"
         parts += [
             Markup('<g opacity="{:.2f}"><title>{}</title>').format(opacity, hint),
-            _rectangle("bar", x, frame.y(accuracy), width, frame.y(0) - frame.y(accuracy)),
-            _rectangle("gap", x, frame.y(max(accuracy, confidence)), width,
+            _rectangle("bar", x, frame.y(min(accuracy, confidence)), width,
+                       frame.y(0) - frame.y(min(accuracy, confidence))),
+            _rectangle("gap" if confidence > accuracy else "spare", x, frame.y(max(accuracy, confidence)), width,
                        abs(frame.y(accuracy) - frame.y(confidence))),
             Markup("</g>"),
         ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from service.errors import DataError, TrainingError
+from training.folders import make_room
 
 FORMAT = 1
 
@@ -29,7 +30,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         beside.replace(path)
     except (OSError, RuntimeError) as error:
         raise TrainingError(
-            f"checkpoint {path} cannot be written: {_reason(error)}; make room, then --resume"
+            f"checkpoint {path} cannot be written: {_reason(error)}; {make_room(path.parent)}"
         ) from error
     finally:
         beside.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ _CTRL_C = 130
 
 
 @click.command(short_help="Train a classifier on a folder of images and export it.")
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--repository",
     type=click.Path(path_type=Path, file_okay=False),
@@ -45,12 +45,13 @@ _CTRL_C = 130
     help="The same if there is one with a checkpoint, else start: for jobs that are run again as they are.",
 )
 @click.option("--find-lr", is_flag=True, help="Do not train: raise the learning rate until it breaks, and plot.")
+@click.option("--print-settings", is_flag=True, help="Do not train: print every setting, as an experiment file.")
 @setting_options
 @click.pass_context
 def train(
     context: click.Context,
     /,
-    data: Path,
+    data: Path | None,
     repository: Path,
     runs: Path,
     config: str | None,
@@ -58,6 +59,7 @@ def train(
     resume: bool,
     resume_if_any: bool,
     find_lr: bool,
+    print_settings: bool,
     assignments: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -78,24 +80,30 @@ def train(
       convoy train photos --model resnet18 --epochs 20 --horizontal-flip
       convoy train photos --model resnet50 --weights resnet50-11ad3fa6.pth --epochs 10
       convoy train digits --config digits-lenet --name digits --repository models
+      convoy train --config photos-transfer --print-settings > mine.yaml
     """
+    if data is None and not print_settings:
+        raise click.UsageError("Missing argument 'DATA'.", context)
     require_extra()
-    from training.config import find_experiment, load_experiment
+    from training.config import check_transfer, find_experiment, load_experiment
     from training.display import console_of_process
     from training.distributed import restarted
-    from training.folders import begun_run, latest_run, name_for, settings_of
+    from training.folders import LAST, as_yaml, begun_run, latest_run, name_for, settings_of
     from training.interrupt import InterruptedRunError
-    from training.loop import LAST
     from training.run import run, search_learning_rate
 
     overrides = overrides_of(flags, assignments)
     file = find_experiment(config) if config else None
-    experiment = load_experiment(file, overrides, name_for(data))
+    experiment = load_experiment(file, overrides, name_for(data) if data else None)
+    if print_settings or data is None:
+        click.echo(as_yaml(experiment), nl=False)
+        return
     folder = latest_run(runs / experiment.name, LAST) if resume else None
     if (resume_if_any or restarted()) and not resume:
         folder = begun_run(runs / experiment.name, LAST)
     if folder:
         experiment = settings_of(folder, file, overrides)
+    check_transfer(experiment, overrides)
     display = console_of_process()
     if find_lr:
         search_learning_rate(experiment, data, runs, display)

@@ -6,7 +6,8 @@ defaults are the recipe for small images (`training/experiments/digits-lenet.yam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -254,6 +255,32 @@ def load_experiment(file: Path | None, overrides: Mapping[str, Any], name: str |
         raise ConfigurationError(where + "; ".join(_fault(dict(e)) for e in error.errors())) from error
 
 
+def check_transfer(experiment: Experiment, flags: Mapping[str, Any]) -> None:
+    """Whoever says with a flag how to learn from weights, and gives none, believes that there are some.
+
+    Raises:
+        ConfigurationError: that is so.
+    """
+    if experiment.transfer.weights is not None:
+        return
+    for key, value in flags.items():
+        section, _, setting = key.partition(".")
+        if section == "transfer" and setting != "weights" and value:
+            raise ConfigurationError(
+                f"{key} = {value} says how to learn from weights, and there are none; give --weights, or leave it out"
+            )
+
+
+def setting_names(section: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all settings."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from setting_names(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The sections of an experiment file, not yet checked.
 
@@ -287,5 +314,7 @@ def _fault(error: Mapping[str, Any]) -> str:
     if error["type"] == "string_pattern_mismatch":
         return f"{key} {error['input']!r} may hold letters, digits and ._- only, and starts with a letter or digit"
     if error["type"] == "extra_forbidden":
-        return f"{key} is not a setting; `convoy train --help` lists them"
+        near = difflib.get_close_matches(key, setting_names(), 1)
+        meant = f"; did you mean {near[0]}?" if near else ";"
+        return f"{key} is not a setting{meant} `convoy train --print-settings` lists them"
     return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

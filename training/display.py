@@ -105,6 +105,11 @@ class Display:
         table.add_row("negative log-likelihood", f"{found.likelihood_before:.4f}", f"{found.likelihood_after:.4f}")
         self.console.print(table)
 
+    def caution(self, *remarks: str) -> None:
+        """What to know before the figures are believed; empty ones are left out."""
+        for remark in filter(None, remarks):
+            self.console.print(f"Note: {remark}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def _bar(self) -> Progress:
         return Progress(
             TextColumn("{task.description}"),

@@ -20,6 +20,7 @@ from service.errors import ConfigurationError, TrainingError
 from training.config import Experiment, load_experiment, read_yaml
 
 SETTINGS = "experiment.yaml"
+LAST = "last.pt"  # the checkpoint that a run is resumed from
 
 _LONGEST_NAME = 64
 _EXPORT = "export."  # has no part in the weights
@@ -56,6 +57,11 @@ def check_apart(source: Path, outputs: Mapping[str, Path]) -> None:
             raise ConfigurationError(f"{folder} lies among the images of {source}; choose another folder with {flag}")
 
 
+def make_room(folder: Path) -> str:
+    """What to do where a run's folder could not be written: only what has a checkpoint can be resumed."""
+    return "make room, then --resume" if (folder / LAST).exists() else "make room and start again"
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Within this block a full disk or a missing permission is an error with the file's name.
@@ -67,9 +73,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or folder
-        raise TrainingError(
-            f"{place} cannot be written: {error.strerror or error}; make room, then --resume"
-        ) from error
+        raise TrainingError(f"{place} cannot be written: {error.strerror or error}; {make_room(folder)}") from error
 
 
 @contextmanager
@@ -85,10 +89,16 @@ def one_by_one(folder: Path) -> Iterator[None]:
         yield
 
 
+def as_yaml(experiment: Experiment) -> str:
+    """All settings, as an experiment file."""
+    text: str = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
 def new_run(parent: Path, experiment: Experiment) -> Path:
     """Makes `<parent>/<next number>/`, whoever else does so at the same time, and writes the settings into it."""
     check_writable(parent, "the folder of runs")
-    settings = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    settings = as_yaml(experiment)
     number = max(_numbers(parent), default=0) + 1
     while True:
         folder = parent / str(number)

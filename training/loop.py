@@ -18,6 +18,7 @@ from training.batches import Examples, Source
 from training.config import Experiment
 from training.distributed import Group
 from training.evaluate import evaluate
+from training.folders import LAST
 from training.health import check_finite, check_moving
 from training.phases import Phase
 from training.pixels import Normaliser
@@ -25,7 +26,6 @@ from training.precision import Precision
 from training.step import Stepper
 
 BEST = "best.pt"
-LAST = "last.pt"
 
 _CHECK_STEPS = 16  # a GPU is asked for its losses this often, so that it need not wait for Python
 

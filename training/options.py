@@ -87,7 +87,7 @@ def setting_options(command: F) -> F:
         "assignments",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Any other setting, such as transfer.spread=10.",
+        help="Any other setting, such as transfer.spread=10; `convoy train --print-settings` lists them.",
     )(command)
     for flag, _, kind, text in reversed(_FLAGS):
         if kind is None:

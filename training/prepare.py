@@ -52,9 +52,13 @@ def prepare(
     faults += duplicates.values()
     dataset = dataset.without(duplicates)
     check_classes(dataset, faults)
-    split = make_split(
-        dataset.listing, dataset.usable, validation=config.validation, test=config.test, seed=config.split_seed
-    )
+    try:
+        split = make_split(
+            dataset.listing, dataset.usable, validation=config.validation, test=config.test, seed=config.split_seed
+        )
+    except DataError:
+        display.faults(faults)  # they may be why
+        raise
     inherited = inherited_statistics(experiment.transfer, entry, spec.channels)
     normalise = Normaliser(*(inherited or channel_statistics(dataset.images, split.train)))
     full_size = None

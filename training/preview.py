@@ -46,7 +46,9 @@ def write_preview(experiment: Experiment, source: Path, output: Path, *, rows: i
         grid.append(mix(augment(images, uniform), labels, epoch).inputs)
     try:
         Image.fromarray(_tile(torch.stack(grid, dim=1))).save(output)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written: {error.strerror or error}; choose another") from error
+    except ValueError as error:  # of its ending
         raise ConfigurationError(f"{output} cannot be written: {error}; choose a .png file") from error
     return len(images)
 

@@ -23,7 +23,7 @@ from service.artifact import MODEL, Manifest
 from training import calibrate, charts, metrics, pictures
 from training.runtime import Outputs
 from training.trained import Trained
-from training.wording import figure, flattened, percent, short, size, wilson_interval
+from training.wording import figure, flattened, percent, reservations, short, size, wilson_interval
 
 _TEMPLATE = "card.html.j2"
 # Up to here each cell of the confusion matrix and each class gets a line of its own at once.
@@ -72,6 +72,7 @@ def render_card(manifest: Manifest, trained: Trained | None = None, outputs: Out
         "data": [(key, value) for key, value in flattened(manifest.data) if not key.startswith("per_class")],
         "class_counts": _class_counts(manifest),
         "train_size": _train_size(manifest),
+        "reservations": reservations(manifest.data["images"]) if "images" in manifest.data else "",
     }
     if trained is not None and outputs is not None:
         facts |= _judged(trained, outputs)

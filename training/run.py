@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +21,18 @@ from training.calibrate import Calibration, calibration, fit_temperature
 from training.config import Experiment
 from training.display import Display
 from training.distributed import Group, device, joined
-from training.evaluate import Evaluation, evaluate
+from training.evaluate import TOP_K, Evaluation, evaluate
 from training.export import export_version
 from training.finder import plot, sweep
-from training.folders import check_apart, check_writable, new_run, writing
+from training.folders import LAST, check_apart, check_writable, new_run, writing
 from training.gates import batches_up_to
 from training.interrupt import InterruptedRunError, held_back, stoppable
 from training.journal import Journal
 from training.listing import TEST, VALIDATION
-from training.loop import LAST, StoppedError, Trainer
+from training.loop import StoppedError, Trainer
 from training.memory import kept_memory
 from training.models import Architecture, describe
+from training.optimise import peak_rate
 from training.phases import Phase
 from training.prepare import parts_given, prepare
 from training.prepared import Part, Prepared
@@ -38,6 +40,7 @@ from training.step import Stepper
 from training.threads import limited_to, thread_count
 from training.trained import Trained
 from training.transfer import plan, provenance, stage_table
+from training.wording import reservations
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Judged:
         macro = self.evaluation.per_class().macro()
         return {
             "accuracy": self.evaluation.accuracy,
-            "top5_accuracy": self.evaluation.top5,
+            **({"top5_accuracy": self.evaluation.top5} if self.evaluation.logits.shape[1] > TOP_K else {}),
             "loss": self.evaluation.loss,
             **self.calibration.metrics(),
             **{f"macro_{name}": value for name, value in macro.items()},
@@ -106,6 +109,7 @@ def run(
         entry, phases = _checked(experiment)
         check_apart(source, {"--repository": repository, "--runs": runs})
         check_writable(repository, "the repository")
+        check_writable(runs / experiment.name, "the folder of runs")
         _check_shares(experiment, source)
         data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
         _check_held_out(experiment, len(data.split.validation), len(data.split.test))  # of which all may be unusable
@@ -128,6 +132,7 @@ def run(
                 judged, trained = examine(experiment, data, trainer, provenance(experiment.transfer, report), group)
         display.evaluation(judged.evaluation, data.dataset.classes, "Held-out images")
         display.calibration(judged.calibration)
+        display.caution(reservations(trained.data["images"]), without_skill(judged.evaluation, data.dataset.classes))
         version = group.from_main(lambda: _export(experiment, trained, repository, display))
         return Result(version, folder, judged.evaluation, data.dataset.classes, tuple(trained.holdout_paths))
 
@@ -178,8 +183,12 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     """Sweeps the learning rate, writes the curve into a new run's folder, and says what it suggests."""
     entry, group = describe(experiment.model.name), Group()
     check_apart(source, {"--runs": runs})
+    check_writable(runs / experiment.name, "the folder of runs")
     data = prepare(experiment, entry, source, runs / experiment.name / "cache", display, group)
+    display.faults(data.faults)
     folder = new_run(runs / experiment.name, experiment)
+    with writing(folder):
+        data.write_reports(folder)
     stepper, _ = build_stepper(experiment, entry, data, group)
     with limited_to(_threads(experiment, stepper, data)), kept_memory():
         if experiment.loop.precision != "auto":
@@ -213,7 +222,7 @@ def examine(
         temperature=temperature,
         metrics=judged.metrics(),
         data=data.provenance(experiment.data.split_seed),
-        recipe={**experiment.model_dump(mode="json"), "precision": trainer.precision},
+        recipe=_recipe(experiment, trainer),
         weights=weights,
         canary=[files[place] for place in _one_per_class(holdout, experiment.export.canary_images)],
         calibration=data.calibration(experiment.export.calibration_images),
@@ -223,6 +232,24 @@ def examine(
         holdout_paths=files,
     )
     return judged, trained
+
+
+def _recipe(experiment: Experiment, trainer: Trainer) -> dict[str, Any]:
+    """The settings, with what was chosen where they leave a choice."""
+    tree = {**experiment.model_dump(mode="json"), "precision": trainer.precision}
+    return {**tree, "optimiser": {**tree["optimiser"], "learning_rate": peak_rate(experiment)}}
+
+
+def without_skill(evaluation: Evaluation, classes: Sequence[str]) -> str:
+    """Says so if the model is right no more often than a constant answer would be; else empty."""
+    counts = np.bincount(evaluation.labels, minlength=len(classes))
+    most = int(counts.argmax())
+    if evaluation.accuracy * len(evaluation.labels) > counts[most] + 0.5:
+        return ""
+    return (
+        f"Always to answer {classes[most]!r} would be right as often: the model has learnt nothing that helps. Did the "
+        "loss fall? Try another learning rate (--find-lr), more epochs or more images."
+    )
 
 
 def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, display: Display, group: Group) -> None:
@@ -279,6 +306,16 @@ def _introduce(display: Display, experiment: Experiment, source: Path, data: Pre
         f"validate, {len(split.test)} to test; {experiment.model.name} on {spec.width}x{spec.height}x{spec.channels}"
         + (f", trained at {data.train_spec.width}x{data.train_spec.height}" if data.train_spec else "")
     )
+    for part, rows in (("validation", split.validation), ("test", split.test)):
+        present = np.bincount(data.dataset.labels[rows], minlength=len(data.dataset.classes))
+        absent = [name for name, count in zip(data.dataset.classes, present, strict=True) if not count]
+        if len(rows) and absent:
+            display.caution(f"There is no {part} image of {_listed(absent)}: how well it is told nobody will know.")
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more classes" if more > 0 else "")
 
 
 def _threads(experiment: Experiment, stepper: Stepper, data: Prepared) -> int:

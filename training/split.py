@@ -63,9 +63,10 @@ def stratified_split(
         members = rows[labels[rows] == label]
         held = [max(1, round(len(members) * share)) if share else 0 for share in (validation, test)]
         if len(members) <= sum(held):
+            less = ", or hold out less with --validation 0 or --test 0" if sum(held) else ""
             raise DataError(
                 f"class {name} has only {len(members)} usable training images, and {sum(held) + 1} are needed; "
-                "add images, or hold out less with --validation 0 or --test 0"
+                f"add images{less}"
             )
         order = np.random.default_rng([seed, label]).permutation(members)
         for part, chosen in zip(parts, np.split(order, np.cumsum(held)), strict=True):

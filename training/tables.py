@@ -50,7 +50,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-            _check_columns(file, reader.fieldnames or ())
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            _check_columns(file, reader.fieldnames)
             for row in reader:
                 yield reader.line_num, row  # as an editor counts: the header is line 1
     except (UnicodeDecodeError, csv.Error) as error:
@@ -77,6 +78,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _check_columns(file: Path, names: Any) -> None:
+    twice = [name for name in (_PATH, _LABEL, _SPLIT) if list(names).count(name) > 1]
+    if twice:
+        raise DataError(f"{file} has more than one column {twice[0]}; leave one of them")
     missing = [name for name in (_PATH, _LABEL) if name not in names]
     if missing:
         raise DataError(

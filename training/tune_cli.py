@@ -84,7 +84,7 @@ def tune(
       convoy tune photos --model resnet18 --print-space > space.yaml
     """
     require_extra()
-    from training.config import find_experiment, load_experiment
+    from training.config import check_transfer, find_experiment, load_experiment
     from training.display import console_of_process
     from training.folders import name_for
     from training.tune_config import load_tuning
@@ -93,6 +93,7 @@ def tune(
     overrides = overrides_of(flags, assignments)
     file = find_experiment(config) if config else None
     experiment, tuning = load_experiment(file, overrides, name_for(data)), load_tuning(file, space, search)
+    check_transfer(experiment, overrides)
     if print_space:
         click.echo(_space_text(experiment, tuning))
         return

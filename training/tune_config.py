@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
 
 from service.errors import ConfigurationError
 from training.config import Count, Positive, Section, read_yaml
@@ -77,7 +77,18 @@ def _kind(value: Any) -> str:
     return "Choices" if chosen else "Range"
 
 
-Dimension = Annotated[Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")], Discriminator(_kind)]
+def _told_apart(value: Any) -> Any:
+    """A list could be the ends of a range or the values of a choice."""
+    if isinstance(value, list | tuple):
+        raise ValueError("write {low: ..., high: ...} for a range, or {choices: [...]} for some values")  # noqa: TRY004  pydantic's
+    return value
+
+
+Dimension = Annotated[
+    Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")],
+    Discriminator(_kind),
+    BeforeValidator(_told_apart),
+]
 
 
 class MedianConfig(Section):

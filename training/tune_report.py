@@ -17,6 +17,7 @@ import yaml
 from jinja2 import Environment
 from optuna.trial import FrozenTrial, TrialState
 
+from training.axes import cut_off, log_axis, short_names
 from training.config import Experiment
 from training.trial_view import brief, outcome, ranked, shown
 
@@ -32,7 +33,8 @@ _PAGE = """<!doctype html>
  h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem} img{width:100%}
  table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;display:block;overflow-x:auto}
  th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e5e7eb;white-space:nowrap}
- th:nth-child(2),td:nth-child(2){text-align:left} tr.best{background:#dcfce7;font-weight:600}
+ th:nth-child(2),td:nth-child(2){text-align:left;white-space:normal;min-width:11rem}
+ tr.best{background:#dcfce7;font-weight:600}
 </style>
 <h1>Study {{ study }}</h1>
 <p>{{ summary }}</p>
@@ -40,7 +42,7 @@ _PAGE = """<!doctype html>
 <img alt="{{ title }}" src="data:image/svg+xml;base64,{{ picture }}">
 {% endfor %}
 <h2>Trials</h2>
-<table><tr><th>trial</th><th>outcome</th>{% for key in keys %}<th>{{ key.split('.')[-1] }}</th>{% endfor %}</tr>
+<table><tr><th>trial</th><th>outcome</th>{% for key in keys %}<th>{{ key }}</th>{% endfor %}</tr>
 {% for best, cells in rows %}<tr{% if best %} class="best"{% endif %}>
 {%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
@@ -69,6 +71,7 @@ def write_page(file: Path, study: optuna.Study, objective: str, best: FrozenTria
     trials = study.get_trials(deepcopy=False)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     order = {trial.number: rank for rank, trial in enumerate(ranked(trials, objective))}
+    short = short_names(keys)
     rows = [
         (t.number == best.number, (t.number, outcome(t, objective), *(brief(t.params.get(key, "")) for key in keys)))
         for t in sorted(trials, key=lambda t: (order.get(t.number, len(trials)), t.number))[:_MOST_ROWS]
@@ -80,7 +83,7 @@ def write_page(file: Path, study: optuna.Study, objective: str, best: FrozenTria
     )
     page = Environment(autoescape=True).from_string(_PAGE)
     plots = _plots(study, trials, keys, objective, best)
-    _write(file, page.render(study=study.study_name, summary=summary, plots=plots, keys=keys, rows=rows))
+    _write(file, page.render(study=study.study_name, summary=summary, plots=plots, keys=short, rows=rows))
 
 
 def _plots(
@@ -129,6 +132,8 @@ def _history(axes: Any, trials: Sequence[FrozenTrial], objective: str) -> None:
         color=_ORANGE,
     )
     axes.set(xlabel="trial", ylabel=f"validation {objective}")
+    if objective == "loss":
+        cut_off(axes, [*(trial.value for trial in done), *last])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
 
@@ -155,11 +160,13 @@ def _slices(done: Sequence[FrozenTrial], keys: Sequence[str], objective: str) ->
                 axes.set_xticks(range(len(ticks)), ticks)
                 axes.set_xlim(-0.5, len(ticks) - 0.5)
             elif _is_log(done, key):
-                axes.set_xscale("log")
+                log_axis(axes, places)
         for axes in all_axes.flat[len(keys) :]:
             axes.set_visible(False)
         for axes in all_axes[:, 0]:
             axes.set_ylabel(f"validation {objective}")
+        if objective == "loss":
+            cut_off(all_axes[0, -1], [trial.value for trial in done])  # all have the same axis
 
     return _svg(draw, 9, 2.6 * rows, rows, columns)
 
@@ -170,13 +177,13 @@ def _parallel(axes: Any, done: Sequence[FrozenTrial], keys: Sequence[str], best:
 
     values = np.array([trial.value for trial in done], dtype=float)
     columns, labels = [], []
-    for key in keys:
+    for key, short in zip(keys, short_names(keys), strict=True):
         places, ticks = _places(done, key)
         column = np.array(places, dtype=float)
         column = np.log(column) if _is_log(done, key) else column
         ends = (ticks[0], ticks[-1]) if ticks else tuple(brief(float(end)) for end in (min(places), max(places)))
         columns.append(_spread(column))
-        labels.append((key.rpartition(".")[2], *ends))
+        labels.append((short, *ends))
     lines = np.column_stack([*columns, _spread(values)])
     labels.append((objective, shown(values.min(), objective), shown(values.max(), objective)))
     ranks = values.argsort().argsort() / max(1, len(values) - 1)

@@ -19,6 +19,25 @@ def wilson_interval(share: float, images: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def reservations(images: Mapping[str, int]) -> str:
+    """What the figures of held-out images do not say, if one part had to serve twice; empty if none had.
+
+    Args:
+        images: of each part: train, validation, test.
+    """
+    if not images["test"]:
+        return (
+            "The same images chose the epoch and the temperature, so new ones will be classified somewhat worse: hold "
+            "out a test part for figures to rely on."
+        )
+    if not images["validation"]:
+        return (
+            "The temperature was fitted to the same images, so its figures flatter: hold out a validation part, which "
+            "also chooses the best epoch."
+        )
+    return ""
+
+
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys and printable values of a nested mapping."""
     for key, value in tree.items():

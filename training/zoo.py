@@ -52,7 +52,7 @@ def zoo(names: tuple[str, ...], as_json: bool) -> None:
 
 def _entry(name: str) -> dict[str, Any]:
     """All that is known of one architecture, as plain values."""
-    from training.models import describe
+    from training.models import WEIGHTS_URL, describe
     from training.models.measure import measure
 
     architecture, cost = describe(name), measure(name)
@@ -68,7 +68,10 @@ def _entry(name: str) -> dict[str, Any]:
         "mean": architecture.mean,
         "std": architecture.std,
         "options": [_option(option) for option in architecture.options],
-        "weights": [{"file": w.file, "top1": w.top1, "shorter_side": w.shorter_side} for w in architecture.weights],
+        "weights": [
+            {"file": w.file, "url": WEIGHTS_URL + w.file, "top1": w.top1, "shorter_side": w.shorter_side}
+            for w in architecture.weights
+        ],
     }
 
 
@@ -110,7 +113,7 @@ def _show(console: Console, entry: dict[str, Any]) -> None:
     }
     rows = list(facts.items())
     rows += [(f"option {o['name']}", f"{o['help']} {_values(o)}") for o in entry["options"]]
-    rows += [(f"{w['top1']:.2f}%", f"{w['file']} (shorter side {w['shorter_side']})") for w in entry["weights"]]
+    rows += [(f"{w['top1']:.2f}%", f"{w['url']} (shorter side {w['shorter_side']})") for w in entry["weights"]]
     _pairs(console, rows)
 
 

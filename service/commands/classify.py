@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from service.client import Client, TlsFiles
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+# What people take for images, and no server decodes.
+_OTHERS = frozenset(
+    {".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".svg", ".raw", ".dng", ".cr2", ".nef"}
+)
+# What a server says of a request of which no image can be used.
+_FAULT = re.compile(r"(?:^|; )image \d+ \((\w+)\): ")
 _REQUEST_BYTES = 8 << 20
 _REQUEST_IMAGES = 16
 # How a server says that fewer images would do: its own limit, and gRPC's on the size of a message.
@@ -52,7 +59,7 @@ def classify(
 ) -> None:
     """Classify images with a running server.
 
-    IMAGE is a file, a folder (every image below it), or - for one image on standard input.
+    IMAGE is a file, a folder (every image below it that is not hidden), or - for one image on standard input.
 
     \b
     Examples:
@@ -87,14 +94,23 @@ def _files(arguments: Iterable[str]) -> Iterator[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            found = [p for p in _visible(path) if p.suffix.lower() in _SUFFIXES]
             if not found:
                 raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
+            if others := [p for p in _visible(path) if p.suffix.lower() in _OTHERS]:
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                click.echo(f"left out: {others[0]}{more}, in formats that are not read; save as JPEG or PNG", err=True)
             yield from found
         elif argument == "-" or path.exists():  # a file, or a pipe
             yield path
         else:
             raise DataError(f"{path} does not exist")
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files below a folder but the hidden ones, which a Mac puts beside every image; sorted."""
+    paths = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(p for p in paths if p.is_file())
 
 
 def _read(path: Path) -> bytes:
@@ -135,9 +151,14 @@ def _outcomes(client: Client, query: pb.ClassifyRequest, images: Sequence[bytes]
         return client.classify(request).results
     except ServerRefusedError as refused:
         said = str(refused)
-        if said.startswith("INVALID_ARGUMENT: image 0: "):
-            faults = said.removeprefix("INVALID_ARGUMENT: ").split("; image ")
-            return [pb.ImageResult(error=pb.ImageError(message=each.partition(": ")[2])) for each in faults]
+        if (faults := _FAULT.split(said.removeprefix("INVALID_ARGUMENT: ")))[1:]:
+            reasons = dict(pb.ImageError.Reason.items())
+            return [
+                pb.ImageResult(
+                    error=pb.ImageError(reason=reasons.get(word, pb.ImageError.REASON_UNSPECIFIED), message=why)
+                )
+                for word, why in zip(faults[1::2], faults[2::2], strict=True)
+            ]
         if not any(reason in said for reason in _TOO_MUCH):
             raise
         if len(images) == 1:
@@ -150,9 +171,16 @@ def _outcomes(client: Client, query: pb.ClassifyRequest, images: Sequence[bytes]
 def _as_json(name: str, outcome: pb.ImageResult) -> str:
     from google.protobuf.json_format import MessageToDict
 
-    body = MessageToDict(outcome, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-    body.get("classification", {}).pop("logits", None)
-    return json.dumps({"file": name, **body.get("classification", body)}, ensure_ascii=False)
+    if outcome.WhichOneof("outcome") == "error":
+        body = MessageToDict(outcome, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    else:
+        found = outcome.classification.classes
+        body = {
+            "classes": [
+                {"index": each.index, "label": each.label, "score": float(f"{each.score:.8g}")} for each in found
+            ]
+        }
+    return json.dumps({"file": name, **body}, ensure_ascii=False)
 
 
 def _as_text(name: str, outcome: pb.ImageResult) -> str:

@@ -97,7 +97,8 @@ def _raise_if_all_failed(result: Result) -> None:
         return
     if any(fault.reason is ImageFault.NON_FINITE_OUTPUT for fault in faults):
         raise EngineError("the model's output is not finite for any image of the request")
-    named = "; ".join(f"image {position}: {fault}" for position, fault in enumerate(faults[:_NAMED_FAULTS]))
+    some = enumerate(faults[:_NAMED_FAULTS])
+    named = "; ".join(f"image {position} ({fault.reason.name}): {fault}" for position, fault in some)
     more = len(faults) - _NAMED_FAULTS
     raise InvalidRequestError(named if more <= 0 else f"{named}; and {more} more of {len(faults)} images")
 

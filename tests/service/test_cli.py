@@ -169,7 +169,7 @@ def test_json_has_file_and_classes_with_index_label_and_score(convoy, served, pi
 
     row = json.loads(out)
     assert set(row) == {"file", "classes"}
-    assert [set(entry) for entry in row["classes"]] == [{"index", "label", "score"}] * 3
+    assert [list(entry) for entry in row["classes"]] == [["index", "label", "score"]] * 3
     assert row["classes"][0]["index"] == 10
     assert 1 >= row["classes"][0]["score"] > row["classes"][1]["score"] > 0
 
@@ -263,7 +263,18 @@ def test_only_bad_images_are_named_one_by_one(convoy, served, tmp_path, count):
     assert code == 3
     assert len(rows) == count
     assert all(row["error"]["message"] for row in rows)
+    assert [row["error"]["reason"] for row in rows] == [("EMPTY", "UNSUPPORTED_FORMAT")[n % 2] for n in range(count)]
     assert "could" in only_line(err)
+
+
+def test_of_a_folder_hidden_files_are_no_images_and_formats_that_are_not_read_are_told(convoy, served, pictures):
+    for name in (".hidden.png", "._a.png", "IMG_1.HEIC", "scan.tiff", "notes.txt"):
+        (pictures / name).write_text("no image")
+    code, out, err = convoy("classify", pictures, "--server", served, "--model", "grey", "--json")
+
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    assert only_line(err).endswith("IMG_1.HEIC and 1 more, in formats that are not read; save as JPEG or PNG")
 
 
 @pytest.mark.parametrize(

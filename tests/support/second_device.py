@@ -119,7 +119,7 @@ def weights(experiment, device, source, folder):
     """The last weights of a run on a device, by name."""
     from training import assemble, checkpoint, run
     from training.display import Display
-    from training.loop import LAST
+    from training.folders import LAST
 
     assemble.device = run.device = lambda: device
     console = Console(file=io.StringIO(), width=120)

@@ -79,6 +79,13 @@ def test_a_model_that_is_always_wrong_goes_to_the_upper_bound():
     assert calibrate.fit_temperature(logits, labels) == pytest.approx(calibrate.MAX_TEMPERATURE)
 
 
+def test_a_few_images_of_one_class_do_not_make_the_model_certain():
+    """All are right by little: the likelihood alone would have no end."""
+    logits = np.tile(np.array([[0.1, 0.0]], np.float32), (8, 1))
+
+    assert calibrate.fit_temperature(logits, np.zeros(8, np.int64)) == 1
+
+
 def test_equal_logits_leave_the_temperature_alone():
     assert calibrate.fit_temperature(np.zeros((5, 3), np.float32), np.zeros(5, np.int64)) == 1
 

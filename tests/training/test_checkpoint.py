@@ -71,7 +71,7 @@ def test_a_full_disk_is_said_in_the_words_of_the_operating_system(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(TrainingError, match="cannot be written: File too large; make room"):
+        with pytest.raises(TrainingError, match="cannot be written: File too large; make room and start again"):
             checkpoint.save(tmp_path / "last.pt", {"value": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

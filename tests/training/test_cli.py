@@ -11,6 +11,7 @@ from PIL import Image
 
 from service.errors import ConfigurationError
 from training.cli import augment_preview, train
+from training.config import load_experiment, setting_names
 from training.options import overrides_of
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,12 @@ def test_wrong_flags_are_usage_errors(digit_folder, arguments, message):
         (["--model", "lenet6"], "did you mean lenet5"),
         (["--name", "a b"], "letters, digits"),
         (["--set", "loop.epochs"], "write KEY=VALUE"),
-        (["--set", "loop.epohcs=3"], r"loop\.epohcs is not a setting"),
+        (["--set", "loop.epohcs=3"], r"loop\.epohcs is not a setting; did you mean loop\.epochs\? .*--print-settings"),
+        (
+            ["--strategy", "linear-probe"],
+            r"transfer\.strategy = linear-probe says how to learn from weights, and there",
+        ),
+        (["--freeze-norm"], r"transfer\.freeze_norm = True says how"),
         (["--config", "no-such"], "digits-lenet"),
         (["--resume"], "no run to resume"),
         (["--find-lr", "--runs", "{data}/runs"], "among the images"),
@@ -97,6 +103,21 @@ def test_wrong_settings_are_configuration_errors(digit_folder, tmp_path, argumen
     result = CliRunner().invoke(train, [str(digit_folder), "--runs", str(tmp_path), *arguments])
     assert isinstance(result.exception, ConfigurationError)
     assert re.search(message, str(result.exception))
+
+
+def test_all_settings_are_printed_as_an_experiment_file(tmp_path):
+    flags = ["--model", "resnet18", "--epochs", "7", "--set", "augment.fill=reflection"]
+    result = CliRunner().invoke(train, ["--print-settings", *flags], catch_exceptions=False)
+    (tmp_path / "mine.yaml").write_text(result.output)
+    experiment = load_experiment(tmp_path / "mine.yaml", {})
+    assert (experiment.model.name, experiment.loop.epochs, experiment.augment.fill) == ("resnet18", 7, "reflection")
+    assert all(re.search(rf"^ *{key.rpartition('.')[2]}:", result.output, re.MULTILINE) for key in setting_names())
+
+
+def test_without_images_the_command_says_what_is_missing():
+    result = CliRunner().invoke(train, ["--epochs", "1"])
+    assert result.exit_code == 2
+    assert "Missing argument 'DATA'" in result.output
 
 
 def test_without_a_name_the_model_is_called_as_its_images(digit_folder, tmp_path):

@@ -32,6 +32,12 @@ def test_there_is_no_spinner_in_a_log_file():
     assert shown.console.file.getvalue().strip() == ""
 
 
+def test_cautions_are_told_and_empty_ones_are_not():
+    shown = display(terminal=False)
+    shown.caution("", "believe little", "")
+    assert shown.console.file.getvalue() == "Note: believe little\n"
+
+
 def test_frames_are_not_lost_where_the_standard_output_is_redirected(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stdout", terminal)

@@ -10,7 +10,8 @@ from training import checkpoint
 from training.assemble import build_source, build_stepper, build_trainer
 from training.config import Experiment
 from training.distributed import Group
-from training.loop import BEST, LAST, StoppedError
+from training.folders import LAST
+from training.loop import BEST, StoppedError
 from training.models import describe
 from training.phases import Phase
 from training.transfer import plan

@@ -21,9 +21,8 @@ from training.calibrate import calibration
 from training.config import Experiment
 from training.display import Display
 from training.finder import sweep
-from training.folders import latest_run
+from training.folders import LAST, latest_run
 from training.interrupt import InterruptedRunError
-from training.loop import LAST
 from training.models import WeightsMismatchError, create, describe
 from training.run import repeatable, run, search_learning_rate
 from training.transfer import plan
@@ -101,6 +100,66 @@ def test_says_what_it_does(finished):
     assert f"accuracy {result.evaluation.accuracy:.2%}" in text
     assert "expected calibration error" in text
     assert "negative log-likelihood" in text
+
+
+def test_the_recipe_has_what_was_chosen(finished):
+    recipe = artifact.load(finished[0].version).manifest.recipe
+    assert recipe["optimiser"]["learning_rate"] == 4e-3
+    assert recipe["precision"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"test": 0}, "The same images chose the epoch and the temperature"),
+        ({"validation": 0}, "The temperature was fitted to the same images"),
+    ],
+)
+def test_held_out_images_that_serve_twice_are_told_in_terminal_and_card(digit_folder, tmp_path, data, words):
+    tree = {**TREE, "loop": {**TREE["loop"], "epochs": 1}, "data": data, "export": {"variants": []}}
+    shown = display()
+    result = run(Experiment.model_validate(tree), digit_folder, tmp_path / "models", tmp_path / "runs", shown)
+    assert f"Note: {words}" in " ".join(shown.console.file.getvalue().split())
+    assert words in " ".join((result.version / "card.html").read_text().split())
+
+
+def folders_of(digit_folder, root, train, validation):
+    """Digits in train and val folders: how many of each class."""
+    for part, counts in (("train", train), ("val", validation)):
+        for label, count in counts.items():
+            (root / part / label).mkdir(parents=True)
+            skip = 0 if part == "train" else 20
+            for file in sorted((digit_folder / label).iterdir())[skip : skip + count]:
+                shutil.copy(file, root / part / label)
+    return root
+
+
+def test_a_model_that_learnt_nothing_and_classes_that_nobody_checks_are_told(digit_folder, tmp_path):
+    images = folders_of(digit_folder, tmp_path / "images", {"0": 15, "1": 15, "2": 15}, {"0": 6, "1": 1})
+    tree = {**TREE, "optimiser": {"learning_rate": 1e-9}, "loop": {**TREE["loop"], "epochs": 1}, "data": {"test": 0}}
+    shown = display()
+    run(Experiment.model_validate(tree), images, tmp_path / "models", tmp_path / "runs", shown)
+    said = " ".join(shown.console.file.getvalue().split())
+    assert "There is no validation image of 2" in said
+    assert "Always to answer '0' would be right as often" in said
+
+
+def test_what_was_left_out_is_told_where_nothing_is_left(digit_folder, tmp_path):
+    images = folders_of(digit_folder, tmp_path / "images", {"0": 5, "1": 5}, {"0": 3, "1": 3})
+    for file in (images / "train" / "1").iterdir():
+        shutil.copy(file, images / "val" / "1")
+    shown = display()
+    experiment = Experiment.model_validate({**TREE, "data": {"test": 0}})
+    with pytest.raises(DataError, match="class 1 has only 0 usable training images") as caught:
+        run(experiment, images, tmp_path / "models", tmp_path / "runs", shown)
+    assert "hold out less" not in str(caught.value)
+    assert shown.console.file.getvalue().count("left out train/1/") == 5
+
+
+def test_a_folder_of_runs_that_cannot_be_written_is_told_before_images_are_read(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"the folder of runs .*file/digits cannot be written"):
+        run(Experiment.model_validate(TREE), tmp_path / "nowhere", tmp_path / "models", tmp_path / "file", display())
 
 
 def test_leaves_logs_split_and_settings(finished):
@@ -316,7 +375,7 @@ def test_stopped_outside_of_the_loop_nothing_half_done_is_left(digit_folder, tmp
     with pytest.raises(InterruptedRunError) as stopped:
         run(*arguments, Terminating("reading"))
     assert stopped.value.folder is None
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
     with pytest.raises(InterruptedRunError) as stopped:
         run(*arguments, Terminating("Writing the model card"))
     assert (stopped.value.signal, stopped.value.folder) == (signal.SIGTERM, tmp_path / "runs" / "digits" / "1")

@@ -19,6 +19,13 @@ def test_reads_csv_with_splits_and_other_columns(tmp_path):
     assert listing.file(0) == tmp_path / "x/1.png"
 
 
+def test_columns_may_be_written_in_capitals(tmp_path):
+    (tmp_path / "images.csv").write_text("Path, Label ,SPLIT\n1.png,a,Test\n2.png,b,train\n")
+    listing = list_images(tmp_path / "images.csv")
+    assert listing.classes == ("a", "b")
+    assert listing.splits.tolist() == [TEST, TRAIN]
+
+
 def test_reads_parquet_with_number_labels(tmp_path):
     table = tmp_path / "images.parquet"
     parquet.write_table(pa.table({"path": ["1.png", "2.png"], "label": [7, 3]}), table)
@@ -34,6 +41,7 @@ def test_reads_parquet_with_number_labels(tmp_path):
         ("path,label\n1.png,a\n,b\n", "row 3: path or label is empty"),
         ('path,label\n"1\n2.png",a\n,b\n', "row 4: path or label is empty"),
         ("path,label,split\n1.png,a,dev\n", "row 2: split 'dev'"),
+        ("path,label,label\n1.png,a,b\n", "more than one column label"),
         ("path,label\n", "lists no images"),
         ("path,label\n1.png,a\n2.png,a\n", r"images\.csv holds only one class \(a\)"),
         ("", "has no column path and label"),

@@ -11,6 +11,21 @@ def test_the_interval_is_wilsons(right, images):
     assert wording.wilson_interval(right / images, images) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ({"train": 8, "validation": 1, "test": 1}, ""),
+        ({"train": 8, "validation": 1, "test": 0}, "chose the epoch and the temperature"),
+        ({"train": 8, "validation": 0, "test": 1}, "The temperature was fitted to the same images"),
+    ],
+)
+def test_a_part_that_serves_twice_is_told(images, words):
+    said = wording.reservations(images)
+
+    assert said.startswith("The") if words else said == ""
+    assert words in said
+
+
 def test_no_images_say_nothing():
     assert wording.wilson_interval(0, 0) == (0, 1)
 

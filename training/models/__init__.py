@@ -13,7 +13,7 @@ from training.models.architecture import (
     PublishedWeights,
     within,
 )
-from training.models.registry import create, describe, names, published
+from training.models.registry import WEIGHTS_URL, create, describe, names, published
 from training.models.weights import (
     LoadReport,
     WeightsMismatchError,
@@ -23,6 +23,7 @@ from training.models.weights import (
 from training.models.weights_file import WeightsFile, read_weights
 
 __all__ = [
+    "WEIGHTS_URL",
     "Architecture",
     "Classifier",
     "Config",

@@ -34,6 +34,10 @@ def describe(name: str) -> Architecture:
     return _REGISTRY[name]
 
 
+# Where torchvision publishes them, all under their file names.
+WEIGHTS_URL = "https://download.pytorch.org/models/"
+
+
 def published(file: str) -> tuple[Architecture, PublishedWeights] | None:
     """The architecture and figures of a checkpoint that torchvision publishes under that file name."""
     return next(((entry, w) for entry in _REGISTRY.values() for w in entry.weights if w.file == file), None)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from service.errors import TrainingError
-from training.models.registry import published
+from training.models.registry import WEIGHTS_URL, published
 
 _HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
 # Where training scripts put the weights among other things, torchvision's reference scripts under the first.
@@ -64,7 +64,8 @@ def read_weights(path: Path, *, check_hash: bool = True) -> WeightsFile:
             stream.seek(0)
             content = _parse(path, stream)
     except OSError as error:
-        raise TrainingError(f"{path} cannot be read: {error.strerror or error}") from error
+        source = f"; it is published at {WEIGHTS_URL}{path.name}" if published(path.name) else ""
+        raise TrainingError(f"{path} cannot be read: {error.strerror or error}{source}") from error
     return WeightsFile(path, _tensors(path, content), digest, wanted is not None)
 
 

@@ -100,9 +100,9 @@ async def test_when_every_image_is_bad_the_call_says_which_and_why(stand):
     error = await refused(stand.stub.Classify(pb.ClassifyRequest(images=[BROKEN, b"", BOMB])))
 
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "image 0: The PNG" in error.details()
-    assert "image 1: The image is empty" in error.details()
-    assert "image 2: The image of 5000x5000" in error.details()
+    assert "image 0 (CORRUPT): The PNG" in error.details()
+    assert "image 1 (EMPTY): The image is empty" in error.details()
+    assert "image 2 (TOO_LARGE): The image of 5000x5000" in error.details()
 
 
 async def test_two_hundred_bad_images_are_still_an_invalid_argument(stand):
@@ -110,7 +110,7 @@ async def test_two_hundred_bad_images_are_still_an_invalid_argument(stand):
     error = await refused(stand.stub.Classify(pb.ClassifyRequest(images=[BROKEN] * 256)))
 
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "image 0: " in error.details()
+    assert "image 0 (" in error.details()
     assert "256" in error.details()
 
 

@@ -132,6 +132,13 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path, place):
         read_weights(tmp_path / place)
 
 
+def test_of_a_published_file_that_is_missing_it_is_told_where_it_is_published(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"published at https://download\.pytorch\.org/models/resnet18-f37072fd\.pth"
+    ):
+        read_weights(tmp_path / "resnet18-f37072fd.pth")
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path
