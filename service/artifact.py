@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -386,15 +387,22 @@ def _pieces(path: Path) -> Iterator[memoryview]:
 
 def _verify_file(path: Path, entry: FileEntry, *, gently: bool) -> None:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ArtifactError(f"{path} is no regular file; copy the version again")
+        if status.st_size != entry.size_bytes:  # told at once, whatever its size is
+            raise _differs(path, f"size {status.st_size} for {entry.size_bytes}")
         found = file_entry(path, gently=gently)
     except OSError as error:
         raise _unreadable(error, f"{path} is listed in the manifest but cannot be read: {error}") from error
     if found != entry:
-        raise ArtifactError(
-            f"{path} does not match the manifest (size {found.size_bytes} for {entry.size_bytes}, "
-            f"SHA-256 {found.sha256[:12]}… for {entry.sha256[:12]}…): "
-            "it is damaged or half-copied; copy the version again"
-        )
+        raise _differs(path, f"SHA-256 {found.sha256[:12]}… for {entry.sha256[:12]}…")
+
+
+def _differs(path: Path, how: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} does not match the manifest ({how}): it is damaged or half-copied; copy the version again"
+    )
 
 
 def _is_path(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from typing import Any, Literal
@@ -34,7 +35,7 @@ def configure(level: str, style: Literal["auto", "json", "console"]) -> None:
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         # Looked up for each line: whoever replaces sys.stderr gets the log, and no line goes to a closed stream.
-        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
+        logger_factory=lambda *_: _Unfailing(),
         cache_logger_on_first_use=False,
     )
     formatter = structlog.stdlib.ProcessorFormatter(
@@ -45,6 +46,21 @@ def configure(level: str, style: Literal["auto", "json", "console"]) -> None:
     handler.setFormatter(formatter)
     handler.addFilter(_is_news)
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+
+
+class _Unfailing:
+    """Writes lines to stderr, and loses them where nobody reads it, or its disk is full.
+
+    A line that cannot be written must not end what it tells of: a stop, a load, the rounds of polling.
+    """
+
+    def msg(self, line: str) -> None:
+        """One line."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = critical = exception = log = msg
 
 
 def _is_news(record: logging.LogRecord) -> bool:

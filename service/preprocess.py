@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from service import decode_jpeg, decode_pillow, geometry
 from service.artifact import InputSpec
 from service.errors import ImageFault, InvalidImageError
-from service.image_header import Header, read_header
+from service.image_header import Header, is_hollow, read_header
 
 FORMATS = frozenset({"JPEG", "PNG", "WEBP", "BMP", "GIF"})
 
@@ -83,6 +83,10 @@ def preprocess(
         raise ValueError(f"out has to be contiguous uint8{list(spec.shape)}, not {out.dtype}{list(out.shape)}")
     header = read_header(data)
     _check_limits(header, limits or _DEFAULT_LIMITS)
+    if is_hollow(data, header):
+        raise InvalidImageError(
+            ImageFault.CORRUPT, "The PNG cannot be decoded: its data cannot hold so many pixels.", header.format
+        )
     try:
         stored = _decode(data, header, spec)
     except MemoryError:

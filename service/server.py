@@ -98,9 +98,9 @@ class Server:
         self._watch()
 
     async def run(self) -> None:
-        """Starts, serves until SIGTERM or SIGINT, drains and stops."""
+        """Starts, serves until SIGTERM, SIGINT or SIGHUP, drains and stops."""
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the last when its terminal is closed
             self._loop.add_signal_handler(number, self.request_stop, number.name)
         try:
             await self.startup()
@@ -157,8 +157,8 @@ class Server:
 
     def request_stop(self, reason: str) -> None:
         """Lets `run` go on to `shutdown`."""
-        _log.info("stop requested", reason=reason)
         self._stop.set()
+        _log.info("stop requested", reason=reason)
 
     @property
     def port(self) -> int:

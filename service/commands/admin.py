@@ -153,9 +153,12 @@ def route(model: str, versions: str, traffic: str | None, shadow: int | None, ti
 def _split(text: str | None) -> dict[int, float]:
     try:
         pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {options.VERSION.convert(int(number), None, None): float(weight) for number, weight in pairs}
+        split = {options.VERSION.convert(int(number), None, None): float(weight) for number, weight in pairs}
     except (ValueError, click.BadParameter):
         raise ConfigurationError(f"--traffic {text}: write version=weight pairs, such as 1=90,2=10") from None
+    if len(split) < len(pairs):
+        raise ConfigurationError(f"--traffic {text}: a version is there twice")
+    return split
 
 
 def _routing_text(routing: pb.Routing) -> str:

@@ -145,7 +145,9 @@ class Streamed:
             task.uncancel()
             await context.abort(status.code_of(draining()), str(draining()))
         except DecodeError:
-            await context.abort(grpc.StatusCode.INTERNAL, "the request is damaged, or no message of this method")
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, "the request is damaged, or no message of this method"
+            )
         except ConvoyError as error:
             await context.abort(status.code_of(error), str(error))
 

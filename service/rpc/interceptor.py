@@ -174,7 +174,8 @@ class _Watched:
             code = _code_of_abort(context)  # the method (health's, of the library) has sent its status already
             raise
         except DecodeError:
-            code = grpc.StatusCode.INTERNAL  # what the gRPC specification has for it
+            # gRPC's libraries say INTERNAL, which would count as a fault of the service and call somebody out of bed.
+            code = grpc.StatusCode.INVALID_ARGUMENT
             message = b""
             await context.abort(code, "the request is damaged, or no message of this method", trailers)
         except Exception as error:  # noqa: BLE001  # whatever it is, the client gets a status and the log the cause

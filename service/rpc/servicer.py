@@ -80,7 +80,10 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """Describes one version."""
         del context
-        return details(self._repository, self._model(request))
+        found = self._model(request)
+        if not request.HasField("version"):  # not one drawn by the split, or the answer would be another each time
+            found = self._repository.default(found.name) or found
+        return details(self._repository, found)
 
     def _model(self, request: pb.ClassifyRequest | pb.GetModelRequest) -> ServedModel:
         return self._repository.get(request.model, request.version if request.HasField("version") else None)

@@ -295,6 +295,7 @@ def test_of_a_folder_hidden_files_are_no_images_and_formats_that_are_not_read_ar
         (["classify", __file__, "--tls-ca", __file__], 2, "expected PEM"),
         (["route", "pets", "--traffic", f"{2**63}=1", "--admin", NOBODY], 2, "version=weight"),
         (["serve", "--max-connection-age-s", "inf"], 2, "max_connection_age_s"),
+        (["route", "pets", "--traffic", "1=10,1=20", "--admin", NOBODY], 2, "a version is there twice"),
         (
             ["classify", __file__, "--server", NOBODY],
             4,

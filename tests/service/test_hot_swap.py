@@ -268,6 +268,15 @@ async def test_a_shadow_is_compared_and_never_answers(repository):
                 await asyncio.sleep(0.01)
 
 
+async def test_without_a_version_the_one_with_most_traffic_is_described(repository):
+    """Drawn by the split it would be another one each time."""
+    write_version(repository, "grey", 2)
+    settings = {"grey": {"versions": "all", "traffic": {1: 55.0, 2: 45.0}}}
+    async with Around(repository, model_settings=settings) as ends:
+        described = {(await ends.api.GetModel(pb.GetModelRequest())).summary.version for _ in range(30)}
+        assert described == {1}
+
+
 async def test_policies_from_the_settings(repository):
     for number in (2, 3):
         write_version(repository, "grey", number)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from service.errors import ImageFault, InvalidImageError
-from service.image_header import MAX_BLOCKS, MAX_EXIF_SEGMENTS, MAX_SCANS, Header, read_header, sniff
+from service.image_header import MAX_BLOCKS, MAX_EXIF_SEGMENTS, MAX_SCANS, Header, is_hollow, read_header, sniff
 
 
 def encoded(image_format, size=(7, 5), mode="RGB", **options):
@@ -219,6 +219,18 @@ def test_scans_of_thumbnails_and_of_further_pictures_are_not_those_of_the_image(
     within = b"\xff\xe1" + struct.pack(">H", 2 + len(small)) + small
     assert small.count(b"\xff\xda") > 9
     assert read_header(data[:2] + within + data[2:] + small).width == 64
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_a_png_that_claims_more_pixels_than_it_can_hold_is_told_and_an_honest_one_is_not(mode):
+    image = Image.new(mode, (3000, 2000))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=9)
+    data = stream.getvalue()
+    assert not is_hollow(data, read_header(data))
+
+    lying = data[:16] + struct.pack(">II", 8000, 8000) + data[24:]
+    assert is_hollow(lying, read_header(lying))
 
 
 def test_a_jpeg_with_two_frames_is_refused():

@@ -7,9 +7,12 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import grpc
 import pytest
@@ -329,33 +332,72 @@ def test_a_signal_ends_an_idle_server_with_zero(tmp_path, number):
 
 
 def test_a_load_that_does_not_end_holds_up_no_stop(tmp_path):
-    """A pipe that nobody writes to stands for a file system that does not answer."""
+    """A file of a terabyte, whose hash takes a quarter of an hour, stands for a file system that does not answer."""
     toys.write_version(tmp_path)
     fresh = toys.write_version(tmp_path, number=2)
     aside = tmp_path / ".aside"
     fresh.rename(aside)
-    (aside / "model.onnx").unlink()
-    os.mkfifo(aside / "model.onnx")
+    manifest = json.loads((aside / "manifest.json").read_text())
+    manifest["files"]["model.onnx"]["size_bytes"] = 1 << 40
+    (aside / "manifest.json").write_text(json.dumps(manifest))
+    os.truncate(aside / "model.onnx", 1 << 40)
     with toys.serve_process(tmp_path, "--repository-poll-s", "0.1") as (process, _):
         aside.rename(fresh)
-        pipe = wait_for_reader(fresh / "model.onnx")
+        end = time.monotonic() + 20
+        while str(fresh / "model.onnx") not in process.open_files():
+            assert time.monotonic() < end, "nobody reads it"
+            time.sleep(0.05)
         process.signal(signal.SIGTERM)
         code, log = process.ended()
-        os.close(pipe)
 
     assert code == 0, log
     assert [event["event"] for event in process.events()][-2:] == ["stopped", "left a load behind that does not end"]
 
 
-def wait_for_reader(pipe, timeout_s=20):
-    """Opens a pipe for writing once somebody reads from it."""
-    end = time.monotonic() + timeout_s
-    while True:
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            assert time.monotonic() < end, "nobody reads it"
-            time.sleep(0.05)
+@pytest.mark.parametrize("log", ["nobody reads it", "its disk is full"])
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, log):
+    """Neither the rounds of polling nor SIGTERM, which tell of themselves."""
+    toys.write_version(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ["--repository", tmp_path, "--port", "0", "--http-port", port, "--repository-poll-s", "0.1"]
+    flags += ["--cache-dir", toys.cache(tmp_path), "--providers", "cpu", "--drain-delay-s", "0", "--log-format", "json"]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve", *map(str, flags)],
+            cwd=toys.ROOT,
+            env=toys.environment(),
+            stderr=writer if log == "nobody reads it" else full,
+        )
+    os.close(writer)
+    try:
+        assert within(lambda: 'version="1"' in metrics_of(port))
+        toys.write_version(tmp_path, number=2)
+        assert within(lambda: 'version="2"' in metrics_of(port))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(toys.TIMEOUT_S) == 0
+    finally:
+        process.kill()
+
+
+def metrics_of(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            return page.read().decode()
+    except OSError:
+        return ""
+
+
+def within(condition):
+    end = time.monotonic() + toys.TIMEOUT_S
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_termination_under_load_loses_nothing_that_was_accepted(tmp_path):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -403,6 +403,14 @@ class Process:
 
     def signal(self, number):
         self._process.send_signal(number)
+
+    def open_files(self):
+        """Paths of what the process has open."""
+        found = []
+        for entry in Path(f"/proc/{self._process.pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                found.append(str(entry.readlink()))
+        return found
 
     def wait(self, timeout_s):
         """Waits for the end; raises `subprocess.TimeoutExpired` if it does not come."""

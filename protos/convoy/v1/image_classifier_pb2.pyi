@@ -57,9 +57,9 @@ class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType
     READY: _State.ValueType  # 1
     """Loaded, warmed up, its canary passed."""
     LOADING: _State.ValueType  # 2
-    """Being loaded; not yet able to answer."""
+    """Being loaded; not yet able to answer. Not sent at present: such a version is not listed."""
     UNAVAILABLE: _State.ValueType  # 3
-    """Not served: it failed to load, or was unloaded."""
+    """Not served: it failed to load, or was unloaded. Not sent at present: `Admin.GetStatus` lists failures."""
 
 class State(_State, metaclass=_StateEnumTypeWrapper): ...
 
@@ -67,9 +67,9 @@ STATE_UNSPECIFIED: State.ValueType  # 0
 READY: State.ValueType  # 1
 """Loaded, warmed up, its canary passed."""
 LOADING: State.ValueType  # 2
-"""Being loaded; not yet able to answer."""
+"""Being loaded; not yet able to answer. Not sent at present: such a version is not listed."""
 UNAVAILABLE: State.ValueType  # 3
-"""Not served: it failed to load, or was unloaded."""
+"""Not served: it failed to load, or was unloaded. Not sent at present: `Admin.GetStatus` lists failures."""
 Global___State: _TypeAlias = State  # noqa: Y015
 
 @_typing.final
@@ -86,7 +86,7 @@ class ClassifyRequest(_message.Message):
     model: _builtins.str
     """Name of the model. May be empty if the server has exactly one."""
     version: _builtins.int
-    """Version to use. Unset: the latest that is loaded."""
+    """Version to use. Unset: the server's routing decides, by default the latest that is loaded."""
     top_k: _builtins.int
     """How many classes to return for each image, best first. 0 or unset: 5. More than the model has: all of them. Over all
     images of a request at most 262,144; `return_logits` has no such bound.
@@ -416,7 +416,7 @@ class GetModelRequest(_message.Message):
     model: _builtins.str
     """Name of the model. May be empty if the server has exactly one."""
     version: _builtins.int
-    """Unset: the latest that is loaded."""
+    """Unset: the one that gets most of the traffic, by default the latest that is loaded."""
     def __init__(
         self,
         *,
