@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from typing import Any, Literal
 
@@ -56,9 +57,15 @@ class _Unfailing:
 
     def msg(self, line: str) -> None:
         """One line."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
+        stream = sys.stderr
+        try:
+            stream.write(f"{line}\n")
+            stream.flush()
+        except (OSError, ValueError):  # ValueError: it is closed
+            with contextlib.suppress(OSError, ValueError):
+                # It stays in the stream's buffer: Python would try it again at the end, fail, and exit with 120.
+                number = stream.fileno()
+                sys.stderr = os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
     debug = info = warning = error = critical = exception = log = msg
 
