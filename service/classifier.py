@@ -26,7 +26,7 @@ CHUNK_IMAGES = 16
 
 # Classes in one answer, over all its images: it is built and written on the event loop, and a thousand classes of 256
 # images are more than most clients accept.
-MAX_CLASSES = 1 << 18
+_MAX_CLASSES = 1 << 18
 
 # Up to so many classes a row is ranked without numpy; of more, so many places are found one by one.
 _FEW_CLASSES = 64
@@ -168,9 +168,9 @@ class Classifier:
                 f"the request has {len(images)} images, at most {self._max_images} are allowed; split it"
             )
         places = min(query.top_k, len(model.version.manifest.classes))
-        if len(images) * places > MAX_CLASSES:
+        if len(images) * places > _MAX_CLASSES:
             raise InvalidRequestError(
-                f"{places} classes of {len(images)} images are asked for, and an answer has at most {MAX_CLASSES} in "
+                f"{places} classes of {len(images)} images are asked for, and an answer has at most {_MAX_CLASSES} in "
                 "all; use a smaller top_k, or send fewer images at a time"
             )
         if not 0 <= query.min_score <= 1:

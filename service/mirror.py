@@ -7,45 +7,40 @@ them writes or replaces, another may be reading.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from service import publication
+from service.locks import is_locked, locked
+
 # A directory is locked within microseconds of being made; without a lock after so long, its maker has died.
 _ABANDONED_S = 60.0
-# Where the file system knows no locks.
-_STALE_S = 24 * 3600.0
 
 
 @contextlib.contextmanager
-def staging(model: Path, number: int) -> Iterator[Path]:
+def staging(mirror: Path, name: str, number: int) -> Iterator[Path]:
     """An empty directory beside a version's place, which readers ignore; it is gone afterwards, or has been moved.
 
-    What processes that were killed left there is removed.
+    What processes that were killed left there is removed: after a minute, or where locks are not known a day.
     """
-    _sweep(model)
-    path = model / f".{number}.writing-{secrets.token_hex(8)}"
-    path.mkdir(parents=True)
+    _sweep(mirror / name)
+    path = publication.staging_dir(mirror, name, number)
     try:
-        with _lock(path):
+        with locked(path):
             yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """While it lasts, no other process replaces a copy below."""
-    with _lock(root / ".lock", os.O_CREAT | os.O_RDWR):
-        yield
+def replacing(mirror: Path) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, no other process replaces a copy."""
+    return locked(mirror / ".lock")
 
 
 def replace(target: Path, staging: Path) -> None:
-    """Puts a finished copy where another one may be. Call it while `locked`."""
+    """Puts a finished copy where another one may be. Call it while `replacing`."""
     aside = staging.with_name(f"{staging.name}.old")
     with contextlib.suppress(FileNotFoundError):
         target.rename(aside)  # who has opened its files goes on reading them
@@ -54,32 +49,7 @@ def replace(target: Path, staging: Path) -> None:
 
 
 def _sweep(model: Path) -> None:
-    for leftover in model.glob(".*.writing-*"):
+    for leftover in model.glob(publication.STAGING):
         with contextlib.suppress(OSError):
-            age_s = time.time() - leftover.stat().st_mtime
-            if age_s > _STALE_S or (age_s > _ABANDONED_S and not _is_locked(leftover)):
+            if time.time() - leftover.stat().st_mtime > _ABANDONED_S and not is_locked(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_locked(path: Path) -> bool:
-    """Also where that cannot be told."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-@contextlib.contextmanager
-def _lock(path: Path, flags: int = os.O_RDONLY) -> Iterator[None]:
-    """Holds a file or directory; without effect where the file system knows no locks."""
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,9 @@ from pathlib import Path
 from service.artifact import MANIFEST, FileEntry, Manifest, file_entry
 from service.errors import ArtifactError
 
+# Names of directories that are being written.
+STAGING = ".*.writing-*"
+
 _STALE_S = 24 * 3600
 
 
@@ -57,7 +60,7 @@ def staging_dir(repository: Path, name: str, version: int) -> Path:
     What crashed writers left behind is removed once it is a day old; younger ones may still be at work.
     """
     model_dir = repository / name
-    for leftover in model_dir.glob(".*.writing-*"):
+    for leftover in model_dir.glob(STAGING):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime > _STALE_S:
                 shutil.rmtree(leftover, ignore_errors=True)

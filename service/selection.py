@@ -125,17 +125,12 @@ class Selector:
             more_rows, best = self._try_all(version, more, on_cpu, images, began, short)
             rows = [*rows, *more_rows]
         try:
-            self._judge(version, wishes, rows)
-        except ProviderError:
+            chosen, passed = self._accepted(version, wishes, rows, best)
+        except (ArtifactError, ProviderError):
             _close(best and best[1])
             if short:
                 raise short[0] from None
             raise
-        if best is None:
-            if short:
-                raise short[0]
-            raise ArtifactError(f"{version.path} cannot be served: {_reasons(rows)}")
-        chosen, passed = best
         table = Table(
             rows=tuple(row.model_copy(update={"outcome": "chosen"}) if row is chosen else row for row in rows),
             largest_batch=_largest_batch(chosen, wishes),
@@ -207,10 +202,22 @@ class Selector:
 
         return missing
 
-    def _judge(self, version: ModelVersion, wishes: Wishes, rows: Sequence[Row]) -> None:
-        """What was asked for by name and cannot run at all is an error, even if something else could."""
-        if wishes.allow_fallback:
-            return
+    def _accepted(
+        self, version: ModelVersion, wishes: Wishes, rows: Sequence[Row], best: tuple[Row, Passed] | None
+    ) -> tuple[Row, Passed]:
+        """The best candidate, if it may run.
+
+        Raises:
+            ProviderError: what was asked for by name cannot run at all, even if something else could.
+            ArtifactError: nothing can.
+        """
+        if not wishes.allow_fallback:
+            self._check_asked(version, wishes, rows)
+        if best is None:
+            raise ArtifactError(f"{version.path} cannot be served: {_reasons(rows)}")
+        return best
+
+    def _check_asked(self, version: ModelVersion, wishes: Wishes, rows: Sequence[Row]) -> None:
         asked = {providers.NAMES[name] for name in wishes.providers if name != AUTO}
         if AUTO in wishes.providers and self._machine.gpus:
             asked = {row.provider for row in rows}

@@ -126,7 +126,7 @@ class Server:
         self._every(settings.canary_interval_s, self.repository.check_canaries)
         self._state = "ready"
         self.metrics.ready.set(not self._device_lost)
-        await self._listener.ready(ready=not self._device_lost)
+        await self._listener.ready(ready=True)
         self._announce()
 
     async def shutdown(self) -> None:

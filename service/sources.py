@@ -167,10 +167,10 @@ class RemoteSource:
             manifest = self._filesystem.cat_file(f"{source}/{artifact.MANIFEST}")
             if _holds(target, manifest):
                 return target
-            with mirror.staging(self._mirror / name, number) as staging:
+            with mirror.staging(self._mirror, name, number) as staging:
                 self._download(source, staging, manifest)
                 artifact.load(staging)
-                with mirror.locked(self._mirror):
+                with mirror.replacing(self._mirror):
                     if not _holds(target, manifest):
                         mirror.replace(target, staging)
         except ArtifactError:

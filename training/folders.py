@@ -5,18 +5,18 @@ None is ever overwritten.
 
 from __future__ import annotations
 
-import fcntl
 import re
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from service.errors import ConfigurationError, TrainingError
+from service.locks import locked
 from training.config import Experiment, load_experiment, read_yaml
 
 SETTINGS = "experiment.yaml"
@@ -78,14 +78,9 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def one_by_one(folder: Path) -> Iterator[None]:
-    """Of several processes that would make the same folder one does, and the others wait for it; makes the parent.
-
-    Without effect where the file system knows no locks.
-    """
+    """Of several processes that would make the same folder one does, and the others wait for it; makes the parent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(folder.with_name(f".{folder.name}.lock")):
         yield
 
 

@@ -12,8 +12,9 @@ import json
 import os
 import posixpath
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -124,17 +125,24 @@ def scan(
     try:
         with one_by_one(folder):
             if not folder.exists():
-                beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-                shutil.rmtree(beside, ignore_errors=True)
-                try:
-                    beside.mkdir()
-                    _Scan(beside, spec, shares, seed).run(urls, workers, advance)
-                    beside.rename(folder)
-                finally:
-                    shutil.rmtree(beside, ignore_errors=True)
+                with _beside(folder) as fresh:
+                    _Scan(fresh, spec, shares, seed).run(urls, workers, advance)
+                    fresh.rename(folder)
     except OSError as error:
         raise DataError(f"what is held out of the shards cannot be written to {parent}: {error}") from error
     return _open(folder, urls, _class_names(source))
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """An empty folder to take that one's place; it is gone afterwards, or has been moved."""
+    fresh = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 class _Scan:

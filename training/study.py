@@ -6,7 +6,6 @@ worker dies. So a budget of N trials is N trials, however many workers there are
 
 from __future__ import annotations
 
-import fcntl
 import json
 import warnings
 import zlib
@@ -23,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
+from service import locks
 from service.errors import ConfigurationError, TrainingError
 
 Direction = Literal["maximize", "minimize"]
@@ -65,8 +65,7 @@ def storage_url(text: str) -> URL:
 def locked(url: URL) -> Iterator[None]:
     """No other worker on this storage is in such a block; waits for it."""
     if url.get_backend_name() == "sqlite":
-        with Path(f"{url.database}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locks.locked(Path(f"{url.database}.lock")):
             yield
         return
     engine = sqlalchemy.create_engine(url, poolclass=NullPool)

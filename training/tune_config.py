@@ -80,7 +80,8 @@ def _kind(value: Any) -> str:
 def _told_apart(value: Any) -> Any:
     """A list could be the ends of a range or the values of a choice."""
     if isinstance(value, list | tuple):
-        raise ValueError("write {low: ..., high: ...} for a range, or {choices: [...]} for some values")  # noqa: TRY004  pydantic's
+        # Pydantic makes a message of ValueError, and lets TypeError through.
+        raise ValueError("write {low: ..., high: ...} for a range, or {choices: [...]} for some values")  # noqa: TRY004
     return value
 
 

@@ -94,10 +94,11 @@ def _files(arguments: Iterable[str]) -> Iterator[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = [p for p in _visible(path) if p.suffix.lower() in _SUFFIXES]
+            files = _visible(path)
+            found = [p for p in files if p.suffix.lower() in _SUFFIXES]
             if not found:
                 raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
-            if others := [p for p in _visible(path) if p.suffix.lower() in _OTHERS]:
+            if others := [p for p in files if p.suffix.lower() in _OTHERS]:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 click.echo(f"left out: {others[0]}{more}, in formats that are not read; save as JPEG or PNG", err=True)
             yield from found

@@ -81,7 +81,7 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         """Describes one version."""
         del context
         found = self._model(request)
-        if not request.HasField("version"):  # not one drawn by the split, or the answer would be another each time
+        if not request.HasField("version"):  # not the one that the split has drawn: it would be another each time
             found = self._repository.default(found.name) or found
         return details(self._repository, found)
 

@@ -3,16 +3,15 @@
 import asyncio
 import itertools
 import math
-import os
 import shutil
 import threading
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import prometheus_client
 import pytest
 import structlog
 import toys
+from repositories import damage, opened, served, waiting_for_their_turn
 
 from service import artifact, serving
 from service.errors import (
@@ -22,46 +21,9 @@ from service.errors import (
     InvalidRequestError,
     ModelNotReadyError,
     NotFoundError,
-    OutOfReachError,
 )
-from service.metrics import Metrics
-from service.repository import Repository
 from service.routing import Routing
-from service.sources import LocalSource, RemoteSource
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-@asynccontextmanager
-async def opened(root, before_load=lambda gently: None, *, source=None, **options):
-    """A repository with toy engines, not loaded yet."""
-    metrics = Metrics()
-
-    def load(path, gently):
-        before_load(gently)
-        return serving.load(
-            path,
-            lambda version: [toys.ToyEngine(len(version.manifest.classes))],
-            metrics.model,
-            window_s=0.0,
-            codel_target_s=0.0,
-            in_turn_s=0.0,
-            gently=gently,
-            on_device_lost=pytest.fail,
-        )
-
-    repository = Repository(source or LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
-    repository.metrics, repository.registry = metrics, metrics.registry
-    try:
-        yield repository
-    finally:
-        await repository.close()
+from service.sources import RemoteSource
 
 
 @pytest.fixture
@@ -70,10 +32,6 @@ def root(tmp_path):
         toys.write_version(tmp_path, "grey", number)
     toys.write_version(tmp_path, "other")
     return tmp_path
-
-
-def served(repository):
-    return [(model.name, model.number) for model in repository]
 
 
 async def test_the_latest_of_every_model_is_served(root):
@@ -167,39 +125,6 @@ async def test_a_shadow_that_is_left_alone_does_not_answer(root):
 
         assert repository.default("grey") is None
         assert repository.get("grey", 1).number == 1
-
-
-async def test_what_was_out_of_reach_is_tried_again_although_nothing_changed(root, monkeypatch):
-    clock = Clock()
-    async with opened(root, clock=clock) as repository:
-        await repository.load_all()
-        toys.write_version(root, "grey", 11)
-
-        def lost(*_):
-            raise OutOfReachError("the network is down")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(LocalSource, "fetch", lost)
-            await repository.poll()
-        assert [number for _, number, _ in repository.failures()] == [11]
-        clock.now += 1
-        await repository.poll()
-
-        assert served(repository) == [("grey", 11), ("other", 1)]
-        assert not list(repository.failures())
-
-
-async def test_a_failed_version_that_is_gone_is_no_failure_any_more(root):
-    async with opened(root) as repository:
-        await repository.load_all()
-        paths = [toys.write_version(root, name, 11, canary_shift=0.5) for name in ("grey", "new")]
-        await repository.poll()
-        assert [(name, number) for name, number, _ in repository.failures()] == [("grey", 11), ("new", 11)]
-        for path in paths:
-            shutil.rmtree(path)
-        await repository.poll()
-
-        assert not list(repository.failures())
 
 
 async def test_settings_of_what_is_not_there_are_told(root):
@@ -434,78 +359,11 @@ async def test_a_canary_of_a_version_that_is_retired_meanwhile_leaves_no_series(
         assert repository.registry.get_sample_value("convoy_canary_ok", labels) is None
 
 
-async def test_a_directory_that_cannot_be_read_or_named_is_passed_over_once(root, monkeypatch):
-    strange = root / os.fsdecode(b"caf\xe9") / "1"
-    strange.mkdir(parents=True)
-    (strange / artifact.MANIFEST).touch()
-    iterdir = Path.iterdir
-
-    def unreadable(path):
-        if path.name == "other":
-            raise PermissionError(13, "Permission denied")
-        return iterdir(path)
-
-    monkeypatch.setattr(Path, "iterdir", unreadable)
-    with structlog.testing.capture_logs() as lines:
-        async with opened(root) as repository:
-            await repository.load_all()
-            await repository.poll()
-            assert served(repository) == [("grey", 10)]
-            prometheus_client.generate_latest(repository.registry)
-
-    reasons = [line["reason"] for line in lines if line["event"] == "directory passed over"]
-    assert len(reasons) == 2
-    assert "not in UTF-8" in " ".join(reasons)
-    assert "Permission denied" in " ".join(reasons)
-
-
-async def test_a_version_that_cannot_be_read_is_counted_and_the_others_go_on(root):
-    def before_load(_):
-        if harmed.is_set():
-            harmed.clear()
-            raise PermissionError(13, "Permission denied")
-
-    harmed = threading.Event()
-    async with opened(root, before_load) as repository:
-        await repository.load_all()
-        toys.write_version(root, "grey", 11)
-        toys.write_version(root, "other", 2)
-        harmed.set()
-        await repository.poll()
-
-        assert served(repository) == [("grey", 10), ("other", 2)]
-        [(name, number, reason)] = repository.failures()
-        assert (name, number) == ("grey", 11)
-        assert "cannot be read" in reason
-
-
 async def test_a_number_that_the_api_cannot_name_is_no_version(root):
     shutil.copytree(root / "grey" / "10", root / "grey" / str(2**63))
     async with opened(root) as repository:
         await repository.load_all()
         assert repository.get("grey").number == 10
-
-
-async def test_whether_the_repository_can_be_reached_shows_in_the_metrics(root):
-    elsewhere = root.with_name(f"{root.name}-elsewhere")
-    async with opened(root) as repository:
-        await repository.load_all()
-        reached = []
-        for move in (lambda: None, lambda: root.rename(elsewhere), lambda: elsewhere.rename(root)):
-            move()
-            await repository.poll()
-            reached.append(repository.registry.get_sample_value("convoy_repository_reachable"))
-        assert reached == [1, 0, 1]
-
-
-async def waiting_for_their_turn():
-    """Until changes have looked at the source and wait behind the one that is held."""
-    for _ in range(20):
-        await asyncio.to_thread(lambda: None)
-
-
-def damage(path):
-    (path / "model.onnx").write_bytes(b"damaged")
 
 
 @pytest.mark.parametrize(
@@ -620,142 +478,6 @@ async def test_a_failed_load_forgets_nothing_that_was_done_by_hand(root):
         await repository.poll()
 
         assert repository.get("grey").number == 2
-
-
-async def test_a_failure_that_may_pass_is_tried_again_after_ever_longer_pauses(root, monkeypatch):
-    clock, attempts = Clock(), []
-
-    def failing(gently):
-        attempts.append(clock.now)
-        if broken:
-            raise OSError(24, "Too many open files")
-
-    broken = False
-    async with opened(root, failing, names=("grey",), clock=clock) as repository:
-        await repository.load_all()
-        attempts.clear()
-        broken = True
-        toys.write_version(root, "grey", 11)
-        for _ in range(300):
-            await repository.poll()
-            clock.now += 1
-        pauses = [later - earlier for earlier, later in itertools.pairwise(attempts)]
-        assert pauses == [1, 2, 4, 8, 16, 32, 64, 128]
-        broken = False
-        clock.now += 300
-        await repository.poll()
-
-        assert served(repository) == [("grey", 11)]
-        assert list(repository.failures()) == []
-
-
-class Unsteady(LocalSource):
-    """Cannot look at some versions, or at nothing."""
-
-    def __init__(self, root):
-        super().__init__(root)
-        self.broken = ()
-        self.down = False
-
-    def models(self):
-        if self.down:
-            raise ConfigurationError("it cannot be read")
-        return super().models()
-
-    def fingerprint(self, name, number):
-        if (name, number) in self.broken:
-            raise OutOfReachError(f"{name} version {number} cannot be listed")
-        return super().fingerprint(name, number)
-
-
-async def test_a_version_that_cannot_be_looked_at_holds_up_no_other(root):
-    source = Unsteady(root)
-    async with opened(root, source=source) as repository:
-        await repository.load_all()
-        before = repository.get("grey")
-        toys.write_version(root, "other", 2)
-        source.broken = (("grey", 10),)
-        await repository.poll()
-        source.broken = ()
-        await repository.poll()
-
-        assert served(repository) == [("grey", 10), ("other", 2)]
-        assert repository.get("grey") is before
-        assert list(repository.failures()) == []
-
-
-async def test_a_new_version_that_cannot_be_looked_at_is_a_failure_until_it_can(root):
-    source, clock = Unsteady(root), Clock()
-    async with opened(root, source=source, names=("grey",), clock=clock) as repository:
-        await repository.load_all()
-        toys.write_version(root, "grey", 11)
-        source.broken = (("grey", 11),)
-        for _ in range(4):
-            await repository.poll()
-        assert list(repository.failures()) == [("grey", 11, "grey version 11 cannot be listed")]
-        assert repository.registry.get_sample_value("convoy_model_load_failures_total", {"model": "grey"}) == 1
-        clock.now += 1
-        source.broken = ()
-        await repository.poll()
-        loaded = repository.get("grey")
-        await repository.poll()
-
-        assert repository.get("grey") is loaded
-        assert (loaded.number, list(repository.failures())) == (11, [])
-
-
-@pytest.mark.parametrize("number", [None, 10])
-async def test_a_load_by_hand_of_what_cannot_be_looked_at_says_so(root, number):
-    source = Unsteady(root)
-    async with opened(root, source=source, names=("grey",)) as repository:
-        await repository.load_all()
-        before = repository.get("grey")
-        source.broken = (("grey", 10),)
-        with pytest.raises(OutOfReachError):
-            await repository.load("grey", number)
-
-        assert repository.get("grey") is before
-
-
-async def test_traffic_moves_between_versions_in_service_while_the_source_is_down(root):
-    source = Unsteady(root)
-    async with opened(root, source=source, names=("grey",), routings={"grey": Routing("latest:2")}) as repository:
-        await repository.load_all()
-        source.down, source.broken = True, (("grey", 2), ("grey", 10))
-        with pytest.raises(ConfigurationError):
-            await repository.route("grey", Routing("1"))
-        await repository.route("grey", Routing("latest:2", traffic={2: 1.0}))
-
-        assert repository.get("grey").number == 2
-        assert served(repository) == [("grey", 2), ("grey", 10)]
-
-
-async def test_a_damaged_version_is_tried_once(root):
-    clock = Clock()
-    async with opened(root, names=("grey",), clock=clock) as repository:
-        await repository.load_all()
-        damage(toys.write_version(root, "grey", 11))
-        for _ in range(5):
-            await repository.poll()
-            clock.now += 1000
-
-        assert repository.registry.get_sample_value("convoy_model_load_failures_total", {"model": "grey"}) == 1
-
-
-async def test_whatever_a_version_raises_ends_no_round(root):
-    def raising(gently):
-        if strange:
-            raise ValueError("embedded null byte")
-
-    strange = False
-    async with opened(root, raising) as repository:
-        await repository.load_all()
-        strange = True
-        toys.write_version(root, "grey", 11)
-        await repository.poll()
-
-        assert [(name, number) for name, number, _ in repository.failures()] == [("grey", 11)]
-        assert served(repository) == [("grey", 10), ("other", 1)]
 
 
 async def test_a_model_that_is_loaded_again_is_not_ready_rather_than_unknown(root):
@@ -899,26 +621,6 @@ async def test_a_model_that_waits_for_its_turn_to_be_loaded_is_not_ready(root):
         await asyncio.gather(loading, again)
 
         assert repository.get("grey").number == 10
-
-
-async def test_memory_that_is_short_for_a_while_does_not_keep_a_version_out(root):
-    def before_load(_):
-        if short.is_set():
-            raise MemoryError
-
-    clock, short = Clock(), threading.Event()
-    async with opened(root, before_load, names=("grey",), clock=clock) as repository:
-        await repository.load_all()
-        toys.write_version(root, "grey", 11)
-        short.set()
-        await repository.poll()
-        [(_, _, reason)] = repository.failures()
-        short.clear()
-        clock.now += 1
-        await repository.poll()
-
-        assert "not enough memory" in reason
-        assert served(repository) == [("grey", 11)]
 
 
 async def test_what_was_counted_of_a_version_ends_with_it(root):

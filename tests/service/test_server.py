@@ -343,10 +343,7 @@ def test_a_load_that_does_not_end_holds_up_no_stop(tmp_path):
     os.truncate(aside / "model.onnx", 1 << 40)
     with toys.serve_process(tmp_path, "--repository-poll-s", "0.1") as (process, _):
         aside.rename(fresh)
-        end = time.monotonic() + 20
-        while str(fresh / "model.onnx") not in process.open_files():
-            assert time.monotonic() < end, "nobody reads it"
-            time.sleep(0.05)
+        assert within(lambda: str(fresh / "model.onnx") in process.open_files())
         process.signal(signal.SIGTERM)
         code, log = process.ended()
 
@@ -392,6 +389,7 @@ def metrics_of(port):
 
 
 def within(condition):
+    """Whether it comes true in time: another process wakes nobody here."""
     end = time.monotonic() + toys.TIMEOUT_S
     while not condition():
         if time.monotonic() > end:

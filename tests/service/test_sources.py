@@ -242,7 +242,7 @@ def test_a_version_that_was_replaced_takes_the_place_of_its_copy(bucket, source)
 def test_what_killed_downloads_left_is_removed_and_what_others_write_is_not(bucket, source, tmp_path):
     model = source.fetch("grey", 1).parent
     toys.write_version(bucket, "grey", 2)
-    with mirror.staging(model, 3) as busy:
+    with mirror.staging(model.parent, "grey", 3) as busy:
         dead, young = model / ".2.writing-dead", model / ".2.writing-young"
         dead.mkdir()
         young.mkdir()

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import importlib.util
 import io
 import itertools
@@ -347,11 +348,20 @@ def test_a_trial_is_begun_again_twice_for_dead_workers_however_often_it_was_stop
         number = begun().number
         shared.study.tell(number, state=TrialState.FAIL)
         shared.put_back(number)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 's.db'}", heartbeat_interval=1)
+    ids = functools.partial(
+        storage.get_trial_id_from_study_id_trial_number, storage.get_study_id_from_name(shared.study.study_name)
+    )
+
+    def running(number):
+        with shared.claiming():  # which looks for dead workers
+            return shared.study.trials[number].state == TrialState.RUNNING
+
     deaths = 0
     while (trial := begun()) is not None:
-        shared.study._storage.record_heartbeat(trial._trial_id)  # noqa: SLF001  its worker dies after this
+        storage.record_heartbeat(ids(trial.number))  # the last sign of its worker
         deaths += 1
-        wait_for(lambda: bool(shared.study._storage._get_stale_trial_ids(shared.study._study_id)))  # noqa: SLF001
+        wait_for(lambda number=trial.number: not running(number))
     shared.close()
     assert deaths == 3
 

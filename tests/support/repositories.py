@@ -1,0 +1,60 @@
+"""Repositories on toy engines, for tests of what they serve and what they refuse."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+import toys
+
+from service import serving
+from service.metrics import Metrics
+from service.repository import Repository
+from service.sources import LocalSource
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@asynccontextmanager
+async def opened(root, before_load=lambda gently: None, *, source=None, **options):
+    """A repository with toy engines, not loaded yet."""
+    metrics = Metrics()
+
+    def load(path, gently):
+        before_load(gently)
+        return serving.load(
+            path,
+            lambda version: [toys.ToyEngine(len(version.manifest.classes))],
+            metrics.model,
+            window_s=0.0,
+            codel_target_s=0.0,
+            in_turn_s=0.0,
+            gently=gently,
+            on_device_lost=pytest.fail,
+        )
+
+    repository = Repository(source or LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
+    repository.metrics, repository.registry = metrics, metrics.registry
+    try:
+        yield repository
+    finally:
+        await repository.close()
+
+
+def served(repository):
+    return [(model.name, model.number) for model in repository]
+
+
+def damage(path):
+    (path / "model.onnx").write_bytes(b"damaged")
+
+
+async def waiting_for_their_turn():
+    """Until changes have looked at the source and wait behind the one that is held."""
+    for _ in range(20):
+        await asyncio.to_thread(lambda: None)
