@@ -11,7 +11,7 @@ import prometheus_client
 import pytest
 import structlog
 import toys
-from repositories import damage, opened, served, waiting_for_their_turn
+from repositories import damage, filled, opened, served, waiting_for_their_turn
 
 from service import artifact, serving
 from service.errors import (
@@ -28,10 +28,7 @@ from service.sources import RemoteSource
 
 @pytest.fixture
 def root(tmp_path):
-    for number in (1, 2, 10):
-        toys.write_version(tmp_path, "grey", number)
-    toys.write_version(tmp_path, "other")
-    return tmp_path
+    return filled(tmp_path)
 
 
 async def test_the_latest_of_every_model_is_served(root):

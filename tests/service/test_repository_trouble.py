@@ -10,7 +10,7 @@ import prometheus_client
 import pytest
 import structlog
 import toys
-from repositories import Clock, damage, opened, served
+from repositories import Clock, damage, filled, opened, served
 
 from service import artifact
 from service.errors import ConfigurationError, OutOfReachError
@@ -20,10 +20,7 @@ from service.sources import LocalSource
 
 @pytest.fixture
 def root(tmp_path):
-    for number in (1, 2, 10):
-        toys.write_version(tmp_path, "grey", number)
-    toys.write_version(tmp_path, "other")
-    return tmp_path
+    return filled(tmp_path)
 
 
 class Unsteady(LocalSource):

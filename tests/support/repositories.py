@@ -58,3 +58,11 @@ async def waiting_for_their_turn():
     """Until changes have looked at the source and wait behind the one that is held."""
     for _ in range(20):
         await asyncio.to_thread(lambda: None)
+
+
+def filled(root):
+    """Three versions of one model, and one of another."""
+    for number in (1, 2, 10):
+        toys.write_version(root, "grey", number)
+    toys.write_version(root, "other")
+    return root
