@@ -109,8 +109,16 @@ class Metrics:
         self.model_load_failures = Counter(
             "convoy_model_load_failures", "Versions that could not be loaded.", ("model",), registry=registry
         )
+        self.model_versions_lacking = Gauge(
+            "convoy_model_versions_lacking",
+            "Versions that should serve, as the repository has them now, and could not be loaded.",
+            ("model",),
+            registry=registry,
+        )
         self.repository_reachable = Gauge(
-            "convoy_repository_reachable", "1 if the last look at the repository succeeded.", registry=registry
+            "convoy_repository_reachable",
+            "1 if the last look at the repository succeeded, and found models if some are served.",
+            registry=registry,
         )
         self.repository_reachable.set(1)
         self.canary_difference = Gauge(
@@ -145,9 +153,10 @@ class Metrics:
         )
         self.ready = Gauge("convoy_ready", "1 while the server takes traffic.", registry=registry)
 
-    def model_known(self, model: str, queued: Callable[[], float]) -> None:
+    def model_known(self, model: str, queued: Callable[[], float], lacking: Callable[[], float]) -> None:
         """A model is in the repository: its series begin, at zero."""
         self.model_load_failures.labels(model=model)
+        self.watch(self.model_versions_lacking.labels(model=model), lacking)
         self.watch(self.queue_images.labels(model=model), queued)
 
     def model_loaded(

@@ -5,6 +5,7 @@ Nothing here waits or loads. It belongs to the event loop, as the repository doe
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class ModelState:
     `routing`: who answers. `served`: versions in service. `seen`: what each version's files were at its last load, good
     or bad. `failed`: why versions could not be loaded. `by_hand`: versions that an operator loaded (True) or unloaded.
     `unloaded`: all of it, by an operator. `settled`: all that its routing needs has been loaded, or has failed to.
+    `present`: its versions in the source, as of the last look. `changing`: held by who changes what is in service.
     """
 
     routing: Routing
@@ -44,6 +46,8 @@ class ModelState:
     by_hand: dict[int, bool] = field(default_factory=dict)
     unloaded: bool = False
     settled: bool = False
+    present: list[int] = field(default_factory=list)
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _again: dict[int, _Again] = field(default_factory=dict)  # of those that failed for a reason that may pass
     _loads: int = 0  # under way, or waiting for their turn
 
@@ -115,6 +119,11 @@ class ModelState:
             return []
         complete = successors <= self.served.keys()
         return [n for n in self.served if n not in needed and (complete or n not in present)]
+
+    @property
+    def lacking(self) -> list[int]:
+        """Versions that should be in service as they are in the source, and failed to load."""
+        return [] if self.unloaded else [number for number in self.needed(self.present) if number in self.failed]
 
     # --- loads
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from service.serving import ServedModel
 from service.sources import Fingerprint, Source
 
 _log = logs.get("repository")
+
+# A load that takes longer is told, every so many seconds.
+_LONG_LOAD_S = 60.0
 
 # Loads a version from its directory; gives its canary's largest difference, too. Blocking.
 Loader = Callable[[Path, bool], tuple[ServedModel, float]]
@@ -73,11 +76,14 @@ class Repository:
         self._routings = dict(routings or {})
         self._release_timeout_s = release_timeout_s
         self._models: dict[str, ModelState] = {}
-        self._changing = asyncio.Lock()  # one load at a time: two would fight for the CPU with the traffic
+        # One load at a time: two would fight for the CPU with the traffic. Whoever loads holds the model's own lock, too,
+        # from before: so what is asked for one model is done in that order, and no other's load delays taking it out.
+        self._loading = asyncio.Lock()
         self._touched: set[str] = set()  # models that an operator changed since the source was last looked at
         self._releases: set[asyncio.Task[None]] = set()
         self._changes: set[asyncio.Task[None]] = set()
         self._complete = False
+        self._empty = False
 
     # --- which version answers
 
@@ -155,7 +161,7 @@ class Repository:
         for name, numbers in sorted(present.items()):
             if not self._routing_for(name).answering(numbers):
                 raise ConfigurationError(_nobody_answers(name, self._routing_for(name), numbers))
-            async with self._changing:
+            async with self._model(name).changing, self._loading:
                 await self._settle(name, numbers, strict=True)
         self._complete = True
         for name, routing in self._routings.items():
@@ -177,16 +183,16 @@ class Repository:
             self._metrics.repository_reachable.set(0)
             _log.warning("repository cannot be read", error=str(error))
             return
-        self._metrics.repository_reachable.set(1)
+        self._note_emptiness(present)
         for name, model in self._models.items():
             model.forget_failures(present.get(name, []))
         for name, numbers in sorted(present.items()):
             known = self._models.get(name)
             if name in (self._names or present) and (known is None or not known.unloaded):
-                async with self._changing:
+                async with self._model(name).changing, self._loading:
                     if name not in self._touched:  # else `numbers` may be out of date: the next round sees to it
                         await self._settle(name, numbers, strict=False)
-        async with self._changing:  # what is being loaded must not be tidied away
+        async with self._loading:  # what is being loaded must not be tidied away
             await asyncio.to_thread(self._source.tidy, present, {(served.name, served.number) for served in self})
 
     async def load(self, name: str, number: int | None = None) -> None:
@@ -208,7 +214,7 @@ class Repository:
         await self._numbers(name, number)  # of a model that is not there nothing is noted
         model = self._model(name)
         with model.loading():
-            async with self._changing:
+            async with model.changing, self._loading:
                 present = await self._numbers(name, number)  # now that it is its turn
                 if number is None:
                     await self._load_afresh(name, present)
@@ -237,8 +243,8 @@ class Repository:
         Raises:
             NotFoundError: it is not served.
         """
-        async with self._changing:
-            model = self._find(name)
+        async with self._find(name).changing:
+            model = self._find(name)  # it may have been unloaded while this waited
             if number is not None and number not in model.served:
                 raise NotFoundError(f"model {name} has no version {number} in service")
             numbers = list(model.served) if number is None else [number]
@@ -260,8 +266,7 @@ class Repository:
 
     async def _route(self, name: str, routing: Routing) -> None:
         routing.check()
-        self._find(name)
-        async with self._changing:
+        async with self._find(name).changing, self._loading:
             model = self._find(name)  # it may have been unloaded while this waited
             try:
                 present = (await self._present(everything=True)).get(name, [])
@@ -278,6 +283,7 @@ class Repository:
             # Nothing answers before everything is there: a version in service may take traffic.
             loaded = await self._loaded_beside(name, routing.needed(present))
             model.routing = routing
+            model.present = present
             model.by_hand.clear()
             model.unloaded = False
             for each in loaded:
@@ -348,7 +354,7 @@ class Repository:
     def _model(self, name: str) -> ModelState:
         if name not in self._models:
             model = self._models[name] = ModelState(self._routing_for(name))
-            self._metrics.model_known(name, lambda: model.queued_images)
+            self._metrics.model_known(name, lambda: model.queued_images, lambda: len(model.lacking))
         return self._models[name]
 
     async def _present(self, *, everything: bool = False) -> dict[str, list[int]]:
@@ -364,8 +370,19 @@ class Repository:
             raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
         return present
 
+    def _note_emptiness(self, present: Mapping[str, list[int]]) -> None:
+        """A volume that is not mounted any more is an empty directory: new versions are not seen, and none can start."""
+        empty = not present and any(True for _ in self)
+        self._metrics.repository_reachable.set(not empty)
+        if empty and not self._empty:
+            _log.warning(
+                "repository is empty, what was loaded serves on; is its volume mounted?",
+                repository=self._source.location,
+            )
+        self._empty = empty
+
     async def _settle(self, name: str, present: list[int], *, strict: bool, force: bool = False) -> None:
-        """Loads what a model needs, and retires the rest. The caller holds the lock.
+        """Loads what a model needs, and retires the rest. The caller holds both locks.
 
         Args:
             name: of the model.
@@ -374,6 +391,7 @@ class Repository:
             force: everything is loaded again.
         """
         model = self._model(name)
+        model.present = present
         try:
             with model.loading():
                 for number in model.needed(present):
@@ -444,9 +462,10 @@ class Repository:
         model = self._model(name)
         model.seen[number] = fingerprint
         try:
-            path = await asyncio.to_thread(self._source.fetch, name, number)
-            gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
-            served, difference = await asyncio.to_thread(self._load, path, gently)
+            with _told_while_it_lasts(name, number):
+                path = await asyncio.to_thread(self._source.fetch, name, number)
+                gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
+                served, difference = await asyncio.to_thread(self._load, path, gently)
             await _check_name(served, name, path)
         except ConvoyError as error:
             failure = error
@@ -510,6 +529,24 @@ class Repository:
             self._metrics.model_released(name, number)
         await asyncio.to_thread(trim_memory)
         _log.info("model released", model=name, version=number)
+
+
+@contextmanager
+def _told_while_it_lasts(name: str, number: int) -> Iterator[None]:
+    """Logs a load that takes long, again and again: an engine may be built for minutes, a file system may hang."""
+    began = time.monotonic()
+
+    async def tell() -> None:
+        while True:
+            await asyncio.sleep(_LONG_LOAD_S)
+            took_s = round(time.monotonic() - began)
+            _log.warning("model is still being loaded", model=name, version=number, seconds=took_s)
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 async def _check_name(served: ServedModel, name: str, path: Path) -> None:

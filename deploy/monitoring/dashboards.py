@@ -212,8 +212,10 @@ OPERATOR: list[Row] = [
                 red_above=0.05,
             ),
             Panel(
-                "Versions that could not be loaded",
-                {"{{model}}": f"sum by (model) (increase(convoy_model_load_failures_total{{{SERVICE}}}[1h]))"},
+                "Versions that cannot be loaded",
+                {"{{model}}": f"max by (model) (convoy_model_versions_lacking{{{SERVICE}}})"},
+                what="The most of a pod. They should serve, and do not.",
+                red_above=1,
             ),
             Panel(
                 "Open files",

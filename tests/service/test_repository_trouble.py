@@ -1,5 +1,6 @@
 """What the repository makes of versions and places that cannot be read, now or for good."""
 
+import asyncio
 import itertools
 import os
 import shutil
@@ -10,9 +11,10 @@ import prometheus_client
 import pytest
 import structlog
 import toys
-from repositories import Clock, damage, filled, opened, served
+from repositories import Clock, damage, filled, opened, served, waiting_for_their_turn
 
 from service import artifact
+from service import repository as repository_module
 from service.errors import ConfigurationError, OutOfReachError
 from service.routing import Routing
 from service.sources import LocalSource
@@ -130,6 +132,84 @@ async def test_whether_the_repository_can_be_reached_shows_in_the_metrics(root):
             await repository.poll()
             reached.append(repository.registry.get_sample_value("convoy_repository_reachable"))
         assert reached == [1, 0, 1]
+
+
+async def test_a_repository_that_is_suddenly_empty_counts_as_out_of_reach(root):
+    mounted = root.with_name(f"{root.name}-mounted")
+    with structlog.testing.capture_logs() as lines:
+        async with opened(root) as repository:
+            await repository.load_all()
+            root.rename(mounted)
+            root.mkdir()
+            for _ in range(2):
+                await repository.poll()
+                assert repository.registry.get_sample_value("convoy_repository_reachable") == 0
+                assert served(repository) == [("grey", 10), ("other", 1)]
+            root.rmdir()
+            mounted.rename(root)
+            await repository.poll()
+            assert repository.registry.get_sample_value("convoy_repository_reachable") == 1
+
+    assert len([line for line in lines if line["event"].startswith("repository is empty")]) == 1
+
+
+async def test_versions_that_should_serve_and_do_not_show_in_the_metrics(root):
+    def lacking():
+        return repository.registry.get_sample_value("convoy_model_versions_lacking", {"model": "grey"})
+
+    async with opened(root) as repository:
+        await repository.load_all()
+        assert lacking() == 0
+        damage(toys.write_version(root, "grey", 11))
+        await repository.poll()
+        assert lacking() == 1
+        toys.write_version(root, "grey", 12)
+        await repository.poll()
+        assert lacking() == 0  # nobody needs version 11 any more
+        damage(root / "grey" / "12")
+        await repository.poll()
+        assert lacking() == 1  # in service, but as it was before
+        await repository.unload("grey")
+        assert lacking() == 0
+
+
+async def test_a_load_that_lasts_is_told_again_and_again_until_it_ends(root, monkeypatch):
+    monkeypatch.setattr(repository_module, "_LONG_LOAD_S", 0.01)
+    held = threading.Event()
+
+    with structlog.testing.capture_logs() as lines:
+
+        def told():
+            return [line["model"] for line in lines if line["event"] == "model is still being loaded"]
+
+        async with opened(root, lambda gently: held.wait(30), names=("grey",)) as repository:
+            loading = asyncio.create_task(repository.load_all())
+            while len(told()) < 2:
+                await asyncio.sleep(0.01)
+            held.set()
+            await loading
+            assert served(repository) == [("grey", 10)]
+            count = len(told())
+            await asyncio.sleep(0.1)
+            assert told() == ["grey"] * count
+
+
+async def test_a_load_that_never_ends_holds_up_no_unload_of_another_model(root):
+    held, hanging = threading.Event(), threading.Event()
+
+    def before_load(_):
+        if hanging.is_set():
+            held.wait(30)
+
+    async with opened(root, before_load) as repository:
+        await repository.load_all()
+        hanging.set()
+        loading = asyncio.create_task(repository.load("other"))
+        await waiting_for_their_turn()
+        await asyncio.wait_for(repository.unload("grey"), 10)
+        assert served(repository) == [("other", 1)]
+        held.set()
+        await loading
 
 
 async def test_a_failure_that_may_pass_is_tried_again_after_ever_longer_pauses(root, monkeypatch):
