@@ -18,7 +18,8 @@ from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 
 from service.errors import ConfigurationError
-from service.exits import ServerRefusedError, ServerUnreachableError
+from service.exits import ServerRefusedError
+from service.reach import unreachable
 
 _UNLIMITED = -1
 
@@ -49,7 +50,7 @@ class TlsFiles:
         """
         try:
             ca, key, chain = (path.read_bytes() if path else None for path in (self.ca, self.key, self.certificate))
-            self._check()
+            self.context()
         except ssl.SSLError as error:
             pair = f", and in {self.key} the key of {self.certificate}" if self.key else ""
             raise ConfigurationError(
@@ -59,12 +60,17 @@ class TlsFiles:
             raise ConfigurationError(f"{error.filename} cannot be read: {error.strerror}") from error
         return grpc.ssl_channel_credentials(ca, key, chain)
 
-    def _check(self) -> None:
-        """Raises what is wrong with the files; of that gRPC would only tell that nobody answers."""
+    def context(self) -> ssl.SSLContext:
+        """The same for Python's own TLS, which tells what is wrong: of gRPC one only learns that nobody answers.
+
+        Raises:
+            OSError: what is wrong with the files.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.ca)
         if self.certificate:
             context.load_cert_chain(self.certificate, self.key)
+        return context
 
 
 class Client:
@@ -86,6 +92,7 @@ class Client:
         self._target = target
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls
         options = [
             ("grpc.max_send_message_length", _UNLIMITED),
             ("grpc.max_receive_message_length", _UNLIMITED),
@@ -102,7 +109,7 @@ class Client:
             ready.result(timeout=self._connect_timeout_s)
         except grpc.FutureTimeoutError:
             self._channel.close()
-            raise unreachable(self._target) from None
+            raise unreachable(self._target, self._tls.context() if self._tls else None) from None
         except BaseException:  # Ctrl-C: an open channel would hold up the end of the process
             self._channel.close()
             raise
@@ -180,15 +187,6 @@ def _translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise refusal(error) from None
-
-
-def unreachable(target: str) -> ServerUnreachableError:
-    """The error of a server that does not answer, with what to do."""
-    port = "" if ":" in target else f" (give its port, as in {target}:8500)"
-    return ServerUnreachableError(
-        f"no server answers at {target}{port}; start one with `convoy serve`, or name another with --server "
-        "(and --tls-ca if it speaks TLS, with --tls-certificate and --tls-key if it asks for them)"
-    )
 
 
 def refusal(error: grpc.RpcError) -> ServerRefusedError:

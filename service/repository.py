@@ -76,8 +76,8 @@ class Repository:
         self._routings = dict(routings or {})
         self._release_timeout_s = release_timeout_s
         self._models: dict[str, ModelState] = {}
-        # One load at a time: two would fight for the CPU with the traffic. Whoever loads holds the model's own lock, too,
-        # from before: so what is asked for one model is done in that order, and no other's load delays taking it out.
+        # One load at a time: two would fight for the CPU with the traffic. Whoever loads took the model's own lock
+        # before: what is asked of a model is done in that order, and no other's load delays taking it out of service.
         self._loading = asyncio.Lock()
         self._touched: set[str] = set()  # models that an operator changed since the source was last looked at
         self._releases: set[asyncio.Task[None]] = set()
@@ -371,7 +371,7 @@ class Repository:
         return present
 
     def _note_emptiness(self, present: Mapping[str, list[int]]) -> None:
-        """A volume that is not mounted any more is an empty directory: new versions are not seen, and none can start."""
+        """A volume that is not mounted any more is an empty directory: new versions are not seen."""
         empty = not present and any(True for _ in self)
         self._metrics.repository_reachable.set(not empty)
         if empty and not self._empty:

@@ -137,8 +137,8 @@ class Selector:
             seconds=round(time.monotonic() - began, 3),
             cut_at_s=wishes.budget_s if any(row.note == _spent(wishes) for row in rows) else None,
         )
-        if not short:
-            self._cache.write(name, table)
+        if not short and not self._cache.write(name, table):
+            _log.warning("what was measured cannot be kept: each start measures again", cache_dir=str(self._cache_dir))
         resources.trim_memory()
         return table, passed
 

@@ -7,6 +7,7 @@ this class; everything else receives plain values.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
@@ -31,6 +32,9 @@ from service.routing import Routing
 
 MIB = 1 << 20
 _LARGEST = 2**31 - 1  # of what gRPC counts
+
+_PREFIX = "CONVOY_"
+_NEAR = 0.8  # how much of two names is the same, for one to be a slip of the other
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Threads = Annotated[int, Field(ge=0, le=256)]
@@ -94,7 +98,7 @@ class Settings(BaseSettings):
     """Settings of one server process. Frozen; validated as a whole at start."""
 
     model_config = SettingsConfigDict(
-        env_prefix="CONVOY_", frozen=True, extra="forbid", protected_namespaces=(), validate_default=True
+        env_prefix=_PREFIX, frozen=True, extra="forbid", protected_namespaces=(), validate_default=True
     )
 
     # --- what is served, and where
@@ -308,6 +312,14 @@ def _names(value: Any) -> Any:
     if not isinstance(parts, list | tuple):
         return value
     return tuple(name.strip() for part in parts for name in str(part).split(",") if name.strip())
+
+
+def mistyped(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that set nothing but look like one that does, and which that is."""
+    known = [name.upper() for name in Settings.model_fields]
+    ours = {name: name.upper().removeprefix(_PREFIX) for name in environment if name.upper().startswith(_PREFIX)}
+    near = {name: difflib.get_close_matches(rest, known, 1, _NEAR) for name, rest in ours.items() if rest not in known}
+    return {name: f"{_PREFIX}{meant[0]}" for name, meant in near.items() if meant}
 
 
 def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:

@@ -22,8 +22,9 @@ import grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from grpc import aio
 
-from service.client import TlsFiles, unreachable
+from service.client import TlsFiles
 from service.exits import ServerRefusedError
+from service.reach import unreachable
 
 _CLASSIFY = "/convoy.v1.ImageClassifier/Classify"
 _UNLIMITED = -1
@@ -117,7 +118,7 @@ async def sender(
     ]
     async with contextlib.AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(_channel(target, options, tls)) for _ in range(connections)]
-        await asyncio.gather(*(_connect(channel, target, connect_timeout_s) for channel in channels))
+        await asyncio.gather(*(_connect(channel, target, connect_timeout_s, tls) for channel in channels))
         calls: list[_Call] = [
             channel.unary_unary(_CLASSIFY, response_deserializer=pb.ClassifyResponse.FromString) for channel in channels
         ]
@@ -217,11 +218,11 @@ async def _watch(lags: list[float]) -> None:
         lags.append(time.monotonic() - began_s - _LAG_INTERVAL_S)
 
 
-async def _connect(channel: aio.Channel, target: str, timeout_s: float) -> None:
+async def _connect(channel: aio.Channel, target: str, timeout_s: float, tls: TlsFiles | None) -> None:
     try:
         await asyncio.wait_for(channel.channel_ready(), timeout_s)
     except TimeoutError:
-        raise unreachable(target) from None
+        raise await asyncio.to_thread(unreachable, target, tls.context() if tls else None) from None
 
 
 async def _try(call: _Call, request: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
@@ -19,14 +20,15 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
         if get_origin(field.annotation) is Mapping:  # a table has no flag
             continue
         kind, multiple = _click_type(field.annotation)
-        default = "" if field.default in ((), None) else f" [default: {field.default}]"
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        told = "" if default in ("", None) else f" [default: {default}]"
         command = click.option(
             f"--{name.replace('_', '-')}",
             name,
             type=kind,
             multiple=multiple,
             default=None,
-            help=f"{field.description}{default}",
+            help=f"{field.description}{told}",
         )(command)
     return command
 
@@ -70,6 +72,8 @@ def serve(config: Path | None, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     chosen = settings.load(config, given)
     logs.configure(chosen.log_level, chosen.log_format)
+    for variable, meant in settings.mistyped(os.environ).items():
+        logs.get("serve").warning("environment variable sets nothing", variable=variable, meant=meant)
     # What was imported lives as long as the process; without this every full collection looks at all of it, and all
     # requests wait.
     gc.freeze()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from convoy.v1 import admin_pb2 as pb
 from convoy.v1 import admin_pb2_grpc as pb_grpc
 from grpc import aio
 
-from service.errors import InvalidRequestError
+from service import logs
+from service.errors import ConvoyError, InvalidRequestError
 from service.repository import Repository
 from service.routing import Routing
 from service.rpc.describe import summary
 
 Context = aio.ServicerContext[Any, Any]
+
+_log = logs.get("admin")
 
 
 class Admin(pb_grpc.AdminServicer):
@@ -24,25 +29,26 @@ class Admin(pb_grpc.AdminServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:  # noqa: N802  # the name is the API's
         """Loads a model, or loads it again."""
-        del context
-        _named(request.model)
-        await self._repository.load(request.model, request.version if request.HasField("version") else None)
+        version = request.version if request.HasField("version") else None
+        with _told("load", request.model, context, version=version):
+            await self._repository.load(request.model, version)
         return pb.LoadModelResponse(
             versions=[summary(self._repository, model) for model in self._repository if model.name == request.model]
         )
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:  # noqa: N802
         """Takes a model or a version out of service."""
-        del context
-        _named(request.model)
-        await self._repository.unload(request.model, request.version if request.HasField("version") else None)
+        version = request.version if request.HasField("version") else None
+        with _told("unload", request.model, context, version=version):
+            await self._repository.unload(request.model, version)
         return pb.UnloadModelResponse()
 
     async def SetRouting(self, request: pb.SetRoutingRequest, context: Context) -> pb.SetRoutingResponse:  # noqa: N802
         """Changes who answers."""
-        del context
-        _named(request.model)
-        await self._repository.route(request.model, _routing(request.routing))
+        routing = _routing(request.routing)
+        told = {"versions": routing.versions, "traffic": dict(routing.traffic), "shadow": routing.shadow}
+        with _told("route", request.model, context, **told):
+            await self._repository.route(request.model, routing)
         return pb.SetRoutingResponse(routing=_message(self._repository.routing(request.model)))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
@@ -61,9 +67,18 @@ class Admin(pb_grpc.AdminServicer):
         return pb.GetStatusResponse(models=models.values())
 
 
-def _named(model: str) -> None:
+@contextlib.contextmanager
+def _told(action: str, model: str, context: Context, **what: Any) -> Iterator[None]:
+    """Logs who asked for a change, and what became of it: it explains what is served from then on."""
     if not model:
         raise InvalidRequestError("name the model")
+    said = _log.bind(action=action, model=model, peer=context.peer(), **{k: v for k, v in what.items() if v})
+    try:
+        yield
+    except ConvoyError as error:
+        said.warning("admin call refused", error=str(error))
+        raise
+    said.info("admin call carried out")
 
 
 def _routing(message: pb.Routing) -> Routing:

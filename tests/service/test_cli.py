@@ -299,7 +299,7 @@ def test_of_a_folder_hidden_files_are_no_images_and_formats_that_are_not_read_ar
         (
             ["classify", __file__, "--server", NOBODY],
             4,
-            "no server answers at 127.0.0.1:1; start one with `convoy serve`",
+            "no server answers at 127.0.0.1:1 (Connection refused); start one with `convoy serve`",
         ),
         (["classify", __file__, "--server", "localhost"], 4, "(give its port, as in localhost:8500)"),
     ],

@@ -7,6 +7,7 @@ from itertools import count
 
 import grpc
 import pytest
+import structlog
 from click.testing import CliRunner
 from convoy.v1 import admin_pb2, admin_pb2_grpc
 from convoy.v1 import image_classifier_pb2 as pb
@@ -228,6 +229,28 @@ async def test_status_tells_every_version_that_answers(repository):
         arguments = ["--admin", f"127.0.0.1:{ends.server.admin_port}"]
         told = await asyncio.to_thread(CliRunner().invoke, status, arguments)
         assert [line.endswith("answers") for line in told.output.splitlines()] == [False, True, True, False]
+
+
+async def test_who_changed_what_is_in_the_log(repository):
+    write_version(repository, "grey", 2)
+    with structlog.testing.capture_logs() as lines:
+        async with Around(repository) as ends:
+            routing = admin_pb2.Routing(versions="all", traffic={1: 3, 2: 1})
+            await ends.admin.SetRouting(admin_pb2.SetRoutingRequest(model="grey", routing=routing))
+            await ends.admin.LoadModel(admin_pb2.LoadModelRequest(model="grey", version=2))
+            await ends.admin.UnloadModel(admin_pb2.UnloadModelRequest(model="grey"))
+            with pytest.raises(aio.AioRpcError):
+                await ends.admin.UnloadModel(admin_pb2.UnloadModelRequest(model="grey"))
+
+    told = [line for line in lines if line.get("component") == "admin"]
+    assert all(line["model"] == "grey" and line["peer"].startswith("ipv4:127.0.0.1:") for line in told)
+    assert [(line["action"], line["event"].split()[-1]) for line in told] == [
+        ("route", "out"),
+        ("load", "out"),
+        ("unload", "out"),
+        ("unload", "refused"),
+    ]
+    assert (told[0]["versions"], told[0]["traffic"], told[1]["version"]) == ("all", {1: 3, 2: 1}, 2)
 
 
 @pytest.mark.parametrize(

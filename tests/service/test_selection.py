@@ -50,6 +50,13 @@ def test_the_fastest_is_chosen(tmp_path, selector):
     assert table.chosen.images_per_second > 2 * table.rows[1].images_per_second
 
 
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, logged):
+    (tmp_path / "cache").write_text("a file is in the way")
+    Selector(machine(), tmp_path / "cache").build(version_with(tmp_path, fp32=same), ON_CPU)
+
+    assert [line["cache_dir"] for line in logged if "cannot be kept" in line["event"]] == [str(tmp_path / "cache")]
+
+
 def test_of_two_that_are_as_fast_the_exact_one_is_chosen(tmp_path, selector):
     # Equal graphs may still differ by noise: what matters is that the order of trying does not decide.
     version = version_with(tmp_path, fp32=same, int8=lambda model: slowed(model, work=4))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import ConfigurationError
-from service.settings import MIB, Settings, load
+from service.settings import MIB, Settings, load, mistyped
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,31 @@ def test_a_wrong_value_names_its_setting_in_one_line(flags, words):
         load(flags=flags)
 
     assert "\n" not in str(caught.value)
+
+
+def test_variables_that_look_like_settings_are_named_with_what_they_meant():
+    environment = {
+        "CONVOY_MAX_BATCHSIZE": "8",
+        "convoy_log_levle": "debug",
+        "CONVOY_MAX_BATCH_SIZE": "8",
+        "convoy_port": "1",
+        # Of other commands, of the tests, of Kubernetes for a service named convoy; and of another program.
+        "CONVOY_CONFIG": "x",
+        "CONVOY_SERVER": "x",
+        "CONVOY_ADMIN": "x",
+        "CONVOY_TUNE_STORAGE": "x",
+        "CONVOY_REQUIRE_TOOLS": "1",
+        "CONVOY_SERVICE_HOST": "10.0.0.1",
+        "CONVOY_SERVICE_PORT": "8500",
+        "CONVOY_SERVICE_PORT_GRPC": "8500",
+        "CONVOY_PORT_8500_TCP_ADDR": "10.0.0.1",
+        "BATCHSIZE": "8",
+    }
+
+    assert mistyped(environment) == {
+        "CONVOY_MAX_BATCHSIZE": "CONVOY_MAX_BATCH_SIZE",
+        "convoy_log_levle": "CONVOY_LOG_LEVEL",
+    }
 
 
 def test_every_fault_is_named_at_once():
