@@ -28,7 +28,7 @@ class Exit(enum.IntEnum):
     REFUSED = 5, "the server answered with an error"
     PARTIAL = 6, "some images failed, the others were classified"
     INTERRUPTED = 75, "stopped by SIGTERM after writing a checkpoint; go on with --resume"
-    CTRL_C = 130, "stopped by Ctrl-C"
+    CTRL_C = 130, "stopped by Ctrl-C; a server drains, and ends with 0"
 
 
 class ServerUnreachableError(ConvoyError):

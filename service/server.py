@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -49,6 +50,9 @@ _STUCK_S = 10.0
 # How long threads may go on after everything is closed.
 _LINGER_S = 5.0
 
+# A second request to stop within so many seconds is the same one: signals reach a process by more than one way.
+_TWICE_S = 0.5
+
 # What a thread's waking and its call back to the loop cost together, with the lock that both fight for.
 _IN_TURN_S = 0.0002
 
@@ -70,7 +74,8 @@ class Server:
         self._last_beat = time.monotonic()
         self._state = "starting"
         self._device_lost = ""
-        self._stop = asyncio.Event()
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._stopped_at = 0.0
         self._periodic: list[asyncio.Task[None]] = []
         self._heart: asyncio.Task[None] | None = None
         cpus = resources.cpu_count()
@@ -137,7 +142,7 @@ class Server:
         await self._listener.ready(ready=False)
         if served:
             _log.info("draining", pending_images=self._admission.images, timeout_s=settings.drain_timeout_s)
-            await asyncio.sleep(settings.drain_delay_s)
+            await self._unless_hurried(asyncio.sleep(settings.drain_delay_s))
         for task in self._periodic:
             task.cancel()
         if self._admin is not None:
@@ -156,9 +161,14 @@ class Server:
             say("stopped", cancelled_images=lost, seconds=round(time.monotonic() - began, 3))
 
     def request_stop(self, reason: str) -> None:
-        """Lets `run` go on to `shutdown`."""
-        self._stop.set()
-        _log.info("stop requested", reason=reason)
+        """Lets `run` go on to `shutdown`; asked again, later, `shutdown` waits for nobody."""
+        if not self._stop.is_set():
+            self._stopped_at = time.monotonic()
+            self._stop.set()
+            _log.info("stop requested", reason=reason)
+        elif time.monotonic() - self._stopped_at > _TWICE_S and not self._hurry.is_set():
+            self._hurry.set()
+            _log.warning("stop requested again: calls in flight are cancelled", reason=reason)
 
     @property
     def port(self) -> int:
@@ -213,10 +223,19 @@ class Server:
         """Closes the port and waits; gives the images whose calls were cancelled because they outlasted the timeout."""
         stopping = asyncio.create_task(self._listener.stop(timeout_s))
         # Looked at just before the rest is cancelled: afterwards nobody could count it.
-        done, _ = await asyncio.wait({stopping}, timeout=max(0.0, timeout_s - 0.05))
-        lost = 0 if done else self._admission.images
+        await self._unless_hurried(asyncio.wait({stopping}, timeout=max(0.0, timeout_s - 0.05)))
+        lost = 0 if stopping.done() else self._admission.images
+        if self._hurry.is_set():
+            await self._listener.cancel()
         await stopping
         return lost
+
+    async def _unless_hurried(self, waiting: Coroutine[Any, Any, Any]) -> None:
+        """Waits, but not on after a second request to stop."""
+        tasks = {asyncio.create_task(waiting), asyncio.create_task(self._hurry.wait())}
+        _, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
 
     def _lose_device(self, error: DeviceLostError) -> None:
         """Latches liveness: only a restart brings a lost device back. Called on an owner thread."""

@@ -58,7 +58,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
 def serve(config: Path | None, **flags: Any) -> None:
     """Serve the models of a repository over gRPC.
 
-    Prints `ready` when it takes traffic. SIGTERM or Ctrl-C drains: calls in flight are answered, new ones are refused.
+    Prints `ready` when it takes traffic. SIGTERM or Ctrl-C drains: calls in flight are answered, new ones are refused,
+    and it ends with 0. A second one, half a second later or more, cancels what is left.
 
     \b
     Examples:

@@ -126,6 +126,11 @@ class Listener:
         await self._server.stop(max(0.0, began + grace_s - time.monotonic()))
         self._around.failures.close()
 
+    async def cancel(self) -> None:
+        """Ends all calls at once, of a `stop` under way, too."""
+        self._inbox.close()
+        await self._server.stop(None)
+
     async def _set(self, state: int, *names: str) -> None:
         for name in names:
             await self._health.set(name, state)

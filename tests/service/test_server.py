@@ -129,6 +129,37 @@ async def test_a_drain_that_takes_too_long_cancels_the_rest_and_counts_it(tmp_pa
     assert (stopped["cancelled_images"], stopped["log_level"]) == (100, "error")
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 60.0])
+async def test_who_asks_twice_does_not_wait_for_calls_in_flight(tmp_path, monkeypatch, delay_s):
+    large = InputSpec(height=700, width=700, channels=1, resize=Resize(mode="stretch"))
+    toys.write_version(tmp_path, spec=large)
+    photos = pb.ClassifyRequest(images=[toys.photo_jpeg(1600, 1200, quality=40)] * 200)
+    with structlog.testing.capture_logs() as lines:
+        async with (
+            toys.real_server(
+                tmp_path, drain_delay_s=delay_s, drain_timeout_s=60.0, decode_threads=1, max_batch_size=4
+            ) as server,
+            aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            stub = pb_grpc.ImageClassifierStub(channel)
+            call = stub.Classify(photos)
+            while not (server.metrics.registry.get_sample_value("convoy_pending_images") or call.done()):
+                await stub.ListModels(pb.ListModelsRequest())
+            server.request_stop("SIGINT")
+            stopping = asyncio.create_task(server.shutdown())
+            server.request_stop("SIGINT")  # the same Ctrl-C, by another way
+            await asyncio.sleep(0.1)
+            assert not stopping.done()
+            monkeypatch.setattr(server_module, "_TWICE_S", 0.0)
+            server.request_stop("SIGINT")
+            await stopping
+            with pytest.raises((aio.AioRpcError, asyncio.CancelledError)):
+                await call
+
+    assert next(line["cancelled_images"] for line in lines if line["event"] == "stopped") == 200
+    assert len([line for line in lines if line["event"].startswith("stop requested")]) == 2
+
+
 async def test_a_long_drain_is_not_taken_for_a_stuck_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(server_module, "_STUCK_S", 0.5)
     monkeypatch.setattr(server_module, "_BEAT_S", 0.05)
