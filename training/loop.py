@@ -138,11 +138,12 @@ class Trainer:
             TrainingError: it belongs to other data or another computation.
         """
         state = checkpoint.load(self._folder / LAST)
-        changed = [key for key, value in self._identity.items() if state["identity"].get(key) != value]
+        before = state["identity"]
+        changed = [_change(key, before.get(key), now) for key, now in self._identity.items() if before.get(key) != now]
         if changed:
             raise TrainingError(
-                f"{self._folder / LAST} was written with another {', '.join(changed)}; "
-                "resume with the same data and settings, or start a new run"
+                f"{self._folder / LAST} cannot be continued with what there is now: {'; '.join(changed)}. "
+                "Resume with what it began with, or start a new run"
             )
         self.progress = Progress(**state["progress"])
         self._enter_phase()
@@ -265,3 +266,9 @@ class Trainer:
                 "epoch": self.progress.epoch,
             }
             checkpoint.save(self._folder / BEST, state)
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    if key == "data":
+        return "images were added, removed or changed, or their labels or the split were"
+    return f"{key} was {before}, and is {now}"

@@ -184,14 +184,16 @@ def _curves(history: Sequence[Mapping[str, float]]) -> list[tuple[str, list[str]
 
 
 def _class_counts(manifest: Manifest) -> dict[str, Any]:
-    """Images per class: a list with bars for few classes, one chart for many."""
+    """Images per class: a list with bars for few classes, for many one number if it is that of all, else one chart."""
     counts = manifest.data.get("per_class")
     if not isinstance(counts, Mapping) or not counts:
         return {}
     rows = [(name, int(counts.get(name, 0))) for name in manifest.classes]
     most = max(1, *(count for _, count in rows))
     few = len(rows) <= _FEW_CLASSES
+    even = not few and len({count for _, count in rows}) == 1
     return {
+        "each": most if even else None,
         "rows": [(name, count, count / most) for name, count in rows] if few else None,
         "chart": None if few else charts.sorted_counts([count for _, count in rows]),
     }

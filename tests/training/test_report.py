@@ -135,6 +135,18 @@ def test_the_card_tells(card, words):
     assert words in Page(card)
 
 
+def test_many_classes_of_one_size_need_no_chart(digits_trained):
+    many = with_classes(digits_trained, [f"class {n}" for n in range(150)])
+    even = dataclasses.replace(many, data={"per_class": dict.fromkeys(many.classes, 1234)})
+    cards = [
+        report.render_card(manifest_of(trained), trained, answers(trained, wrong=()), evaluated(trained))
+        for trained in (many, even)
+    ]
+
+    assert ["1,234, of each of them" in Page(card) for card in cards] == [False, True]
+    assert ["images per class, from" in card for card in cards] == [True, False]
+
+
 def test_only_the_mistakes_are_shown_as_mistakes(card, digits_trained):
     page = Page(card)
     files = [text for text in page.text if text.endswith(".png")]
