@@ -131,7 +131,7 @@ class Server:
         self._every(settings.canary_interval_s, self.repository.check_canaries)
         self._state = "ready"
         self.metrics.ready.set(not self._device_lost)
-        await self._listener.ready(ready=True)
+        self._listener.ready(ready=True)
         self._announce()
 
     async def shutdown(self) -> None:
@@ -139,7 +139,7 @@ class Server:
         settings, began, served = self._settings, time.monotonic(), self._state == "ready"
         self._state = "draining"
         self.metrics.ready.set(0)
-        await self._listener.ready(ready=False)
+        self._listener.ready(ready=False)
         if served:
             _log.info("draining", pending_images=self._admission.images, timeout_s=settings.drain_timeout_s)
             await self._unless_hurried(asyncio.sleep(settings.drain_delay_s))
@@ -243,7 +243,7 @@ class Server:
             self._device_lost = f"the device is lost: {error}"
             _log.error("device lost", error=str(error))
             self.metrics.ready.set(0)
-            asyncio.run_coroutine_threadsafe(self._listener.lost(), self._loop)
+            self._loop.call_soon_threadsafe(self._listener.lost)
 
     # --- what goes on beside the requests
 

@@ -75,6 +75,11 @@ def server(
     return aio.server(interceptors=[interceptor], options=options)
 
 
+def is_answering(server: aio.Server) -> bool:
+    """Whether a call is under way that is answered once; where that cannot be told, it may be."""
+    return server.acceptor.is_answering() if isinstance(server, _Server) else True
+
+
 class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types leave its core out
     """Takes the calls. The library's own loop only waits for the tasks that do so, which end with the server."""
 
@@ -85,7 +90,9 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
         self._interceptor = interceptor
         self._at_a_time = at_a_time
         self._handlers: dict[str, Any] = {}  # by path; the base class hides its own
-        self._answers: set[asyncio.Task[None]] = set()  # the loop itself keeps no more than weak references
+        # The loop itself keeps no more than weak references. A task lasts until its call is over on the wire.
+        self._answers: set[asyncio.Task[None]] = set()
+        self._streams: set[asyncio.Task[None]] = set()
 
     def add_registered_method_handlers(self, handlers: dict[str, Any]) -> None:
         """Called by the library when a service is added."""
@@ -114,7 +121,10 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
                     if self.is_running():
                         continue
                     raise  # the library looks for it
-                self._answer(call, answer(handler, call, loop), path)
+                task = self._answer(call, answer(handler, call, loop), path)
+                if handler.response_streaming:
+                    self._streams.add(task)
+                    task.add_done_callback(self._streams.discard)
                 del call  # or it would stay until there is another one
 
         await asyncio.gather(*(one_by_one() for _ in range(self._at_a_time)))
@@ -129,11 +139,16 @@ class _Acceptor(_core.AioServer):  # type: ignore[misc]  # the library's types l
             self._answer(call, refusal, "unknown")
             del call, refusal
 
-    def _answer(self, call: Any, answering: Coroutine[Any, Any, None], path: str) -> None:
+    def is_answering(self) -> bool:
+        """Whether a call is under way that is answered once."""
+        return len(self._answers) > len(self._streams)
+
+    def _answer(self, call: Any, answering: Coroutine[Any, Any, None], path: str) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
-        task = loop.create_task(_core._schedule_rpc_coro(answering, call, loop, path))
+        task: asyncio.Task[None] = loop.create_task(_core._schedule_rpc_coro(answering, call, loop, path))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
+        return task
 
 
 class _Server(_library.Server):  # type: ignore[misc]
@@ -143,4 +158,4 @@ class _Server(_library.Server):  # type: ignore[misc]
         # Not the base class's own, which does the same with the library's acceptor.
         self._loop = _core.get_working_loop()
         augmented = _library._augment_channel_arguments(options, None)  # as the base class does
-        self._server = _Acceptor(self._loop, interceptor, augmented, at_a_time)
+        self.acceptor = self._server = _Acceptor(self._loop, interceptor, augmented, at_a_time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import resource
 import socket
@@ -21,6 +22,7 @@ from service.metrics import Metrics
 from service.rpc import acceptor
 from service.rpc.admin import Admin
 from service.rpc.credentials import Certificates, TlsFiles
+from service.rpc.health import Health
 from service.rpc.inbox import Inbox
 from service.rpc.interceptor import Around
 from service.rpc.servicer import ImageClassifier
@@ -75,7 +77,7 @@ class Listener:
 
     def __init__(self, options: Options, servicer: ImageClassifier, metrics: Metrics) -> None:
         self._options = options
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         self._inbox = Inbox(options.message_timeout_s, options.max_unsent_calls)
         self._around = Around(metrics, self._inbox, {f"/{SERVICE}/Classify": servicer.refusal})
@@ -93,20 +95,20 @@ class Listener:
             ConfigurationError: the port is taken or the address is not ours.
         """
         self.port = _bind(self._server, self._options.host, self._options.port, "--port or --host", self._tls)
-        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.READINESS, "", SERVICE)
-        await self._set(health_pb2.HealthCheckResponse.SERVING, HealthName.LIVENESS)
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.READINESS, "", SERVICE)
+        self._health.set(health_pb2.HealthCheckResponse.SERVING, HealthName.LIVENESS)
         await self._server.start()
 
-    async def ready(self, *, ready: bool) -> None:
+    def ready(self, *, ready: bool) -> None:
         """Tells load balancers whether to send traffic. Liveness stays."""
         ready = ready and not self._is_lost
         state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._set(state, HealthName.READINESS, "", SERVICE)
+        self._health.set(state, HealthName.READINESS, "", SERVICE)
 
-    async def lost(self) -> None:
+    def lost(self) -> None:
         """Tells the orchestrator to restart this process: it cannot serve any more. There is no way back."""
         self._is_lost = True
-        await self._set(
+        self._health.set(
             health_pb2.HealthCheckResponse.NOT_SERVING, HealthName.LIVENESS, HealthName.READINESS, "", SERVICE
         )
 
@@ -123,17 +125,17 @@ class Listener:
             arrivals.refuse()
             await arrivals.quiet(_QUIET_S, patience_s)
         self._inbox.close()
-        await self._server.stop(max(0.0, began + grace_s - time.monotonic()))
+        stopping = asyncio.create_task(self._server.stop(max(0.0, began + grace_s - time.monotonic())))
+        while not stopping.done():
+            await asyncio.wait({stopping}, timeout=_PATIENCE_S)
+            if not acceptor.is_answering(self._server):
+                await self._server.stop(None)  # what is left are streams that have been told, and do not read it
         self._around.failures.close()
 
     async def cancel(self) -> None:
         """Ends all calls at once, of a `stop` under way, too."""
         self._inbox.close()
         await self._server.stop(None)
-
-    async def _set(self, state: int, *names: str) -> None:
-        for name in names:
-            await self._health.set(name, state)
 
 
 def _at_a_time(options: Options) -> int:

@@ -1,21 +1,23 @@
 """HTTP/2 as no gRPC library would write it: frames of any content, for tests of what strangers can send."""
 
 import socket
+import struct
 from contextlib import contextmanager
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 CLASSIFY = b"/convoy.v1.ImageClassifier/Classify"
 _END_STREAM, _END_HEADERS = 1, 4
+_INITIAL_WINDOW_SIZE = 4  # the setting
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 class Connection:
-    """One connection; blocking."""
+    """One connection; blocking. `window`: bytes that may be sent to it on each stream before it says that it read some."""
 
-    def __init__(self, port, timeout_s=10.0):
+    def __init__(self, port, timeout_s=10.0, window=65_535):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout_s)
         self._reader = self.socket.makefile("rb")
-        self.socket.sendall(_PREFACE + frame(SETTINGS))
+        self.socket.sendall(_PREFACE + frame(SETTINGS, struct.pack(">HI", _INITIAL_WINDOW_SIZE, window)))
 
     def send(self, *frames):
         self.socket.sendall(b"".join(frames))
@@ -40,9 +42,9 @@ class Connection:
 
 
 @contextmanager
-def connected(port):
+def connected(port, **options):
     """A connection that is closed at the end."""
-    connection = Connection(port)
+    connection = Connection(port, **options)
     try:
         yield connection
     finally:
@@ -67,6 +69,11 @@ def call(stream, path=CLASSIFY, extra=(), *, end=False):
     )
     block = b"".join(b"\x00" + _string(name) + _string(value) for name, value in fields)
     return frame(HEADERS, block, _END_HEADERS | (_END_STREAM if end else 0), stream)
+
+
+def message(stream, content):
+    """DATA with a whole gRPC message, not compressed, and no more after it."""
+    return frame(DATA, b"\0" + len(content).to_bytes(4, "big") + content, _END_STREAM, stream)
 
 
 def reset(stream):

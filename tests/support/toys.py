@@ -342,7 +342,7 @@ async def toy_stand(
     await listener.start()
     decoder.start()
     await repository.load_all()
-    await listener.ready(ready=True)
+    listener.ready(ready=True)
     target = f"127.0.0.1:{listener.port}"
     try:
         async with aio.insecure_channel(target) as channel:

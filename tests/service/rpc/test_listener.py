@@ -50,9 +50,9 @@ async def test_health_goes_from_starting_to_ready_to_draining_and_liveness_stays
     await server.start()
     async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         starting = await states(channel)
-        await server.ready(ready=True)
+        server.ready(ready=True)
         ready = await states(channel)
-        await server.ready(ready=False)
+        server.ready(ready=False)
         draining = await states(channel)
     await server.stop(0)
 
@@ -60,12 +60,29 @@ async def test_health_goes_from_starting_to_ready_to_draining_and_liveness_stays
     assert ready == all_of(SERVING, SERVING)
 
 
+async def test_all_states_are_listed_and_an_unknown_service_is_told_so():
+    server = listener()
+    await server.start()
+    async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        listed = (await stub.List(health_pb2.HealthListRequest())).statuses
+        unknown = health_pb2.HealthCheckRequest(service="nobody")
+        watched = (await stub.Watch(unknown).read()).status
+        with pytest.raises(aio.AioRpcError) as caught:
+            await stub.Check(unknown)
+    await server.stop(0)
+
+    assert {name: one.status for name, one in listed.items()} == all_of(SERVING, NOT_SERVING)
+    assert watched == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_a_lost_device_ends_liveness():
     server = listener()
     await server.start()
-    await server.ready(ready=True)
-    await server.lost()
-    await server.ready(ready=True)  # as at the end of a start, if the device was lost during it
+    server.ready(ready=True)
+    server.lost()
+    server.ready(ready=True)  # as at the end of a start, if the device was lost during it
     async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         assert await states(channel) == all_of(NOT_SERVING, NOT_SERVING)
     await server.stop(0)
@@ -77,7 +94,7 @@ async def test_who_watches_health_is_told_of_the_change():
     async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="readiness"))
         first = await watch.read()
-        await server.ready(ready=True)
+        server.ready(ready=True)
         second = await watch.read()
         watch.cancel()
     await server.stop(0)

@@ -10,6 +10,7 @@ import pytest
 import raw_http2
 import toys
 from convoy.v1 import image_classifier_pb2 as pb
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 @pytest.fixture
@@ -44,6 +45,25 @@ async def test_a_path_that_is_no_method_ends_its_call_only(stand, path):
     assert kind == raw_http2.RST_STREAM
     assert await waiting
     assert await answers(stand)
+
+
+async def test_who_watches_and_does_not_read_holds_up_neither_the_others_nor_the_stop(stand):
+    watch = b"/grpc.health.v1.Health/Watch"
+    with raw_http2.connected(stand.listener.port, window=0) as deaf:
+        deaf.send(raw_http2.call(1, watch), raw_http2.message(1, b""))
+        await asyncio.to_thread(deaf.wait_for, raw_http2.HEADERS)  # it is being written to
+        other = health_pb2_grpc.HealthStub(stand.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await other.read()).status == health_pb2.HealthCheckResponse.SERVING
+        stand.listener.ready(ready=False)
+        assert (await other.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with asyncio.timeout(15):
+            await stand.listener.stop(60)
+
+
+async def test_a_watched_name_is_no_place_to_keep_megabytes(stand):
+    watch = health_pb2_grpc.HealthStub(stand.channel).Watch(health_pb2.HealthCheckRequest(service="x" * 500_000))
+
+    assert (await ended(watch))[0] is grpc.StatusCode.NOT_FOUND
 
 
 async def ended(call):
