@@ -128,7 +128,7 @@ class Classifier:
         self._check(model, images, query)
         began = time.monotonic()
         nbytes = sum(map(len, images))
-        with model.in_use(), self._admission.admit(model.name, len(images), nbytes, deadline) as place:
+        with model.in_use(), self._admission.admit(model.name, len(images), nbytes, deadline, query.priority) as place:
             result = await self._work(model, images, query, deadline)
             place.answered = result.answered
         self._record(model, result, time.monotonic() - began)
@@ -160,13 +160,17 @@ class Classifier:
         with shadow.in_use():
             return _best(await self._work(shadow, images, Query(top_k=1, priority=_SHADOW_PRIORITY), deadline))
 
-    def _check(self, model: ServedModel, images: Sequence[bytes], query: Query) -> None:
+    def check_count(self, images: int) -> None:
+        """Raises InvalidRequestError for a request without images, or with too many."""
         if not images:
             raise InvalidRequestError("the request has no image; put at least one into `images`")
-        if len(images) > self._max_images:
+        if images > self._max_images:
             raise InvalidRequestError(
-                f"the request has {len(images)} images, at most {self._max_images} are allowed; split it"
+                f"the request has {images} images, at most {self._max_images} are allowed; split it"
             )
+
+    def _check(self, model: ServedModel, images: Sequence[bytes], query: Query) -> None:
+        self.check_count(len(images))
         places = min(query.top_k, len(model.version.manifest.classes))
         if len(images) * places > _MAX_CLASSES:
             raise InvalidRequestError(

@@ -335,6 +335,7 @@ def _options(settings: Settings) -> Options:
         max_unsent_calls=settings.max_pending_images,
         max_connections=settings.max_connections,
         max_calls_per_connection=settings.max_calls_per_connection,
+        max_images_per_request=settings.max_images_per_request,
     )
 
 

@@ -42,7 +42,7 @@ class Health(pb_grpc.HealthServicer):
         return pb.HealthCheckResponse(status=state)
 
     async def List(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """All of them. (The library's types do not know these messages yet.)"""
+        """All of them; the types of the library do not know these messages yet."""
         del request, context
         return _pb.HealthListResponse(
             statuses={name: pb.HealthCheckResponse(status=state) for name, state in self._states.items()}

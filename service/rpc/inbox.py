@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -124,12 +124,13 @@ class Streamed:
 
     Args:
         handler: the method as its service registered it.
+        parse: makes a request of a message.
         inbox: receives the messages.
     """
 
-    def __init__(self, handler: Any, inbox: Inbox) -> None:
+    def __init__(self, handler: Any, parse: Callable[[bytes], Any], inbox: Inbox) -> None:
         self._method: Any = handler.stream_stream or handler.unary_stream
-        self._parse: Any = handler.request_deserializer
+        self._parse = parse
         self._many: bool = handler.request_streaming
         self._inbox = inbox
 

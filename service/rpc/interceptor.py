@@ -20,9 +20,12 @@ from service.metrics import Metrics
 from service.rpc import status
 from service.rpc.failures import FailureLog
 from service.rpc.inbox import Inbox, Streamed, arrived
+from service.rpc.wire import bounded
 
 REQUEST_ID = "x-request-id"
 _MAX_ID_LENGTH = 128
+
+_MOST_FIELDS = 64
 
 Context = aio.ServicerContext[Any, Any]
 Method = Callable[[Any, Context], Awaitable[Any]]
@@ -76,18 +79,26 @@ class Around(aio.ServerInterceptor):
         inbox: receives their messages.
         gates: by method path: says of a call that begins why no request could be admitted now, or None. Under overload
             most of what a refusal costs is to receive what is refused.
+        most_fields: that a message may have at its top.
 
     Attributes:
         arrivals: of calls to unary methods.
         failures: where those that fail are logged.
     """
 
-    def __init__(self, metrics: Metrics, inbox: Inbox, gates: Mapping[str, Gate] | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        inbox: Inbox,
+        gates: Mapping[str, Gate] | None = None,
+        most_fields: int = _MOST_FIELDS,
+    ) -> None:
         self.arrivals = Arrivals()
         self.failures = FailureLog()
         self._metrics = metrics
         self._inbox = inbox
         self._gates = gates or {}
+        self._most_fields = most_fields
         self._handlers: dict[str, Any] = {}  # by method path; only methods that exist get in
 
     async def intercept_service(
@@ -107,15 +118,15 @@ class Around(aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        parse = bounded(handler.request_deserializer, self._most_fields)
         if handler.response_streaming:
             watched: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
-                Streamed(handler, self._inbox).handle, response_serializer=handler.response_serializer
+                Streamed(handler, parse, self._inbox).handle, response_serializer=handler.response_serializer
             )
         else:
+            gate = self._gates.get(path)
             watched = grpc.stream_unary_rpc_method_handler(
-                _Watched(
-                    path, handler, self._metrics, self.arrivals, self.failures, self._inbox, self._gates.get(path)
-                ).handle,
+                _Watched(path, handler, parse, self._metrics, self.arrivals, self.failures, self._inbox, gate).handle,
                 response_serializer=handler.response_serializer,
             )
         self._handlers[path] = watched
@@ -129,6 +140,7 @@ class _Watched:
         self,
         path: str,
         handler: Any,
+        parse: Callable[[bytes], Any],
         metrics: Metrics,
         arrivals: Arrivals,
         failures: FailureLog,
@@ -141,7 +153,7 @@ class _Watched:
         self._failures = failures
         self._arrivals = None if service == health.SERVICE_NAME else arrivals
         self._method: Method = handler.unary_unary
-        self._parse: Callable[[bytes], Any] = handler.request_deserializer
+        self._parse = parse
         self._labels = ("unary", service, self._name)
         self._started = metrics.grpc_started.labels(*self._labels)
         self._seconds = metrics.grpc_seconds.labels(*self._labels)
@@ -219,9 +231,14 @@ def _camel(code: grpc.StatusCode) -> str:
     return code.name if code is grpc.StatusCode.OK else code.name.title().replace("_", "")
 
 
+def _is_harmless(value: str) -> bool:
+    """In a log, and in a trailer: gRPC fails the whole call for one that is not ASCII."""
+    return value.isascii() and value.isprintable()
+
+
 def _request_id(context: Context) -> str:
     """The client's id if it is harmless in a log and a header, else a new one."""
     for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID and isinstance(value, str) and 0 < len(value) <= _MAX_ID_LENGTH and value.isprintable():
+        if key == REQUEST_ID and isinstance(value, str) and 0 < len(value) <= _MAX_ID_LENGTH and _is_harmless(value):
             return value
     return f"{random.getrandbits(128):032x}"

@@ -39,6 +39,9 @@ _PATIENCE_S = 1.0
 # Calls that wait for the event loop to take them; each is some kilobytes.
 _MOST_ARRIVING = 8192
 
+# Of a request, beside its images; there are seven that may occur once.
+_OTHER_FIELDS = 64
+
 # Operators send small messages, and few.
 _ADMIN_PATIENCE_S = 30.0
 _ADMIN_CALLS = 64
@@ -70,6 +73,7 @@ class Options:
     max_unsent_calls: int = 2048
     max_connections: int = 4096
     max_calls_per_connection: int = 1024
+    max_images_per_request: int = 256
 
 
 class Listener:
@@ -80,7 +84,8 @@ class Listener:
         self._health = Health()
         self._tls = Certificates(options.tls, metrics.tls_expiry.set).credentials() if options.tls else None
         self._inbox = Inbox(options.message_timeout_s, options.max_unsent_calls)
-        self._around = Around(metrics, self._inbox, {f"/{SERVICE}/Classify": servicer.refusal})
+        gates = {f"/{SERVICE}/Classify": servicer.refusal}
+        self._around = Around(metrics, self._inbox, gates, options.max_images_per_request + _OTHER_FIELDS)
         self._server = acceptor.server(self._around, _channel_options(options), _at_a_time(options))
         pb_grpc.add_ImageClassifierServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

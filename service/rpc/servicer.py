@@ -66,6 +66,7 @@ class ImageClassifier(pb_grpc.ImageClassifierServicer):
         )
         shadow = self._repository.shadow(model.name, model)
         deadline = arrived + self._budget_s(context)
+        self._classifier.check_count(len(request.images))  # before they are copied
         images = tuple(request.images)  # once: each look at a field of bytes copies it
         del request  # it has copies of its own
         result = await self._classifier.classify(model, images, query, deadline, shadow)

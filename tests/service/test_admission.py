@@ -39,10 +39,10 @@ def admission(clock):
     return House(clock)
 
 
-def hold(admission, images, nbytes=0, flow="a", deadline=FOREVER, usable=None):
+def hold(admission, images, nbytes=0, flow="a", deadline=FOREVER, usable=None, priority=0):
     """Admits a request that stays in the house; `close()` lets it out, its (usable) images being answered."""
     stack = ExitStack()
-    place = stack.enter_context(admission.admit(flow, images, nbytes, deadline))
+    place = stack.enter_context(admission.admit(flow, images, nbytes, deadline, priority))
 
     def answer(failure, *_):
         place.answered = 0 if failure else images if usable is None else usable
@@ -97,8 +97,8 @@ def test_what_is_beyond_a_bound_is_refused_and_says_which(admission, images, nby
 @pytest.mark.parametrize(
     ("images", "nbytes", "text"),
     [
-        (20, 0, "40 of this model's images are pending, and it may hold no more than are left free, now 50"),
-        (1, 200, "400 of this model's bytes are pending, and it may hold no more than are left free, now 500"),
+        (20, 0, "40 of this model's images are pending, and it may hold no more than what is free, now 50"),
+        (1, 200, "400 of this model's bytes are pending, and it may hold no more than what is free, now 500"),
         (60, 0, "50 images are pending, of at most 100"),
         (1, 600, "500 bytes are pending, of at most 1000"),
     ],
@@ -342,3 +342,68 @@ def test_counters_are_the_sum_of_what_is_held_and_never_beyond_the_bounds(steps)
                 held.append((hold(admission, images, nbytes, flow), images, nbytes))
         assert admission.images == sum(images for _, images, _ in held) <= 100
         assert admission.bytes == sum(nbytes for _, _, nbytes in held) <= 1000
+
+
+HIGH, NORMAL, LOW = -1, 0, 1
+
+
+@pytest.mark.parametrize(("held", "comes"), [(LOW, NORMAL), (LOW, HIGH), (NORMAL, HIGH)])
+def test_what_is_overtaken_delays_nobody(admission, clock, held, comes):
+    answer_backlog(admission, clock, 0.1)
+    hold(admission, 20, priority=held)
+    with pytest.raises(OverloadedError, match="about 2100 ms"):
+        hold(admission, 1, deadline=clock.now + 1, priority=held)
+
+    hold(admission, 5, deadline=clock.now + 1, priority=comes)
+    assert admission.forecast_s("a", 1, comes) == pytest.approx(0.6)
+    assert admission.forecast_s("a", 1, held) == pytest.approx(2.6)
+
+
+def test_what_left_is_ahead_of_nobody(admission, clock):
+    answer_backlog(admission, clock, 0.1)
+    hold(admission, 1, priority=LOW)
+    hold(admission, 20, priority=HIGH).close()
+
+    assert admission.forecast_s("a", 1, HIGH) == 0
+    assert admission.forecast_s("a", 1, LOW) == pytest.approx(0.2)
+
+
+def test_a_flood_that_may_wait_leaves_room_for_what_may_not(admission):
+    with suppress(OverloadedError):
+        while True:
+            hold(admission, 1, 10, priority=LOW)
+    assert (admission.images, admission.bytes) == (33, 330)
+    with pytest.raises(
+        OverloadedError, match=r"33 of this model's images are pending.*no more than 0\.5 of what is free"
+    ):
+        hold(admission, 1, 10, priority=LOW)
+
+    assert fill(admission, "a", 1, 10) == 17  # to the half of all
+
+
+def begins(admission, clock, seconds, count):
+    """How many calls that begin now, with so many seconds, may send their message."""
+    return sum(admission.refusal(["a"], clock.now + seconds) is None for _ in range(count))
+
+
+def test_of_calls_that_look_too_late_some_may_show_that_they_are_urgent(admission, clock):
+    answer_backlog(admission, clock, 0.1)
+    hold(admission, 20)
+    assert begins(admission, clock, 1, 160) == 10
+    hold(admission, 1, deadline=clock.now + 1, priority=HIGH)
+    assert begins(admission, clock, 1, 160) == 160
+    clock.now += 61
+    assert begins(admission, clock, 1, 160) == 10
+
+
+def test_urgent_calls_are_refused_as_they_begin_for_what_is_as_urgent(admission, clock):
+    answer_backlog(admission, clock, 0.1)
+    hold(admission, 20, priority=HIGH)
+
+    assert begins(admission, clock, 1, 160) == 0
+
+
+def test_where_there_is_no_room_no_call_may_send_its_message(admission, clock):
+    hold(admission, 100)
+
+    assert begins(admission, clock, 60, 160) == 0

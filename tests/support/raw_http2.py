@@ -12,7 +12,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 class Connection:
-    """One connection; blocking. `window`: bytes that may be sent to it on each stream before it says that it read some."""
+    """One connection; blocking. `window`: bytes of each stream that may be sent to it before it says that it reads."""
 
     def __init__(self, port, timeout_s=10.0, window=65_535):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout_s)

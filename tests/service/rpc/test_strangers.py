@@ -60,6 +60,26 @@ async def test_who_watches_and_does_not_read_holds_up_neither_the_others_nor_the
             await stand.listener.stop(60)
 
 
+@pytest.mark.parametrize("request_id", ["é".encode(), "日本".encode(), b"\xff"])
+async def test_a_request_id_that_no_trailer_can_hold_is_replaced(stand, request_id):
+    request = pb.ClassifyRequest(images=[toys.grey_png(3)]).SerializeToString()
+    with raw_http2.connected(stand.listener.port) as connection:
+        connection.send(raw_http2.call(1, extra=((b"x-request-id", request_id),)), raw_http2.message(1, request))
+        kind, *_ = await asyncio.to_thread(connection.wait_for, raw_http2.DATA, raw_http2.RST_STREAM)
+
+    assert kind == raw_http2.DATA
+
+
+async def test_millions_of_empty_images_are_refused_before_they_become_objects(tmp_path):
+    engines = {"grey": toys.ToyEngine(classes=256)}
+    async with toys.toy_stand(tmp_path, engines, max_message_bytes=32 << 20) as stand:
+        call = stand.channel.unary_unary(raw_http2.CLASSIFY.decode())(b"\x1a\0" * (8 << 20), timeout=20)
+        code, text = await ended(call)
+        assert await answers(stand)
+
+    assert (code, "more than 320 parts" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
 async def test_a_watched_name_is_no_place_to_keep_megabytes(stand):
     watch = health_pb2_grpc.HealthStub(stand.channel).Watch(health_pb2.HealthCheckRequest(service="x" * 500_000))
 
