@@ -152,6 +152,8 @@ def bench(ctx: click.Context, /, **flags: Any) -> None:
             plot.write_svg(flags["plot_file"], summaries, f"convoy bench, {flags['server']}")
     if interrupted:
         ctx.exit(Exit.CTRL_C)
+    if not summaries:
+        raise click.UsageError("nothing was measured; raise --duration, or the rate")
 
 
 def _levels(concurrency: Sequence[float] | None, rates: Sequence[float] | None) -> list[Level]:
@@ -208,6 +210,8 @@ async def _measure(
                 summary = summarise(await measure(send, level, plan, stopped))
                 if summary.sent:
                     summaries.append(summary)
+                elif not stopped.is_set():
+                    click.echo(f"no request of {level} was sent after the warm-up; raise --duration", err=True)
                 if stopped.is_set():
                     break
         finally:

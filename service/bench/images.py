@@ -11,6 +11,7 @@ from convoy.v1 import image_classifier_pb2 as pb
 from PIL import Image
 
 from service.errors import DataError
+from service.files import visible_below
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 # Requests are kept encoded in memory, so that the generator does little else than send.
@@ -61,7 +62,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         if path.is_file():
             yield path
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            found = [p for p in visible_below(path) if p.suffix.lower() in _SUFFIXES]
             if not found:
                 raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
             yield from found

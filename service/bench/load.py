@@ -78,8 +78,9 @@ class Plan:
 class Measurement:
     """What one level gave: every request, those of the warm-up included, and how the generator itself fared.
 
-    The window is what counts, from the end of the warm-up to the end of sending. `lag_s` are delays of a timer in the
-    generator's event loop; `cpu_share` is how much of one core the generator used.
+    The window is what counts, from the end of the warm-up to the end of sending or, for a number of requests, of the
+    last answer. `sending_s` is how long was sent after the warm-up. `lag_s` are delays of a timer in the generator's
+    event loop; `cpu_share` is how much of one core the generator used.
     """
 
     level: Level
@@ -88,6 +89,7 @@ class Measurement:
     window_s: tuple[float, float]
     lag_s: Sequence[float]
     cpu_share: float
+    sending_s: float
 
 
 Send = Callable[[float], Awaitable[Sample]]
@@ -149,7 +151,7 @@ async def measure(send: Send, level: Level, plan: Plan, stopped: asyncio.Event) 
         cpu_share = (time.process_time() - cpu_s) / max(time.monotonic() - began_s, 1e-9)
     finally:
         watch.cancel()
-    return Measurement(level, plan.deadline_s, run.samples, run.window_s(), lags, cpu_share)
+    return Measurement(level, plan.deadline_s, run.samples, run.window_s(), lags, cpu_share, run.sending_s())
 
 
 @dataclass
@@ -164,6 +166,7 @@ class _Run:
         self.start_s = time.monotonic() + self.plan.warmup_s
         self._stop_s = math.inf if self.plan.count else self.start_s + self.plan.duration_s
         self._left = self.plan.count or math.inf
+        self._sent_until_s = math.inf
 
     def goes_on(self, at_s: float) -> bool:
         """Whether a request may be sent at that time."""
@@ -173,6 +176,16 @@ class _Run:
             return False
         self._left -= at_s >= self.start_s
         return True
+
+    def ends(self, at_s: float) -> None:
+        """Nothing more is sent from that time on."""
+        if self.stopped.is_set():
+            self._stop_s = at_s = min(self._stop_s, time.monotonic())
+        self._sent_until_s = min(at_s, self._stop_s)
+
+    def sending_s(self) -> float:
+        """Seconds after the warm-up in which requests were sent."""
+        return max(0.0, min(self._sent_until_s, self.window_s()[1]) - self.start_s)
 
     def window_s(self) -> tuple[float, float]:
         """From the end of the warm-up to the end of sending or, for a number of requests, of the last answer."""
@@ -198,9 +211,10 @@ async def _open(send: Send, rate: float, run: _Run, rng: random.Random) -> None:
         while run.goes_on(intended_s):
             await _sleep_until(intended_s, run.stopped)
             if run.stopped.is_set():
-                return
+                break
             group.create_task(one(intended_s))
             intended_s += rng.expovariate(rate)
+        run.ends(intended_s)
 
 
 async def _sleep_until(when_s: float, stopped: asyncio.Event) -> None:

@@ -89,13 +89,14 @@ def summarise(measurement: Measurement) -> Summary:
     def rate(count: float) -> float:
         return count / seconds if seconds > 0 else 0.0
 
+    offered = len(counted) / measurement.sending_s if measurement.sending_s > 0 else 0.0
     return Summary(
         level=str(measurement.level),
         loop=measurement.level.loop,
         value=measurement.level.value,
         seconds=seconds,
         sent=len(counted),
-        offered=rate(len(counted)),
+        offered=offered,
         throughput=rate(len(answered)),
         goodput=rate(len(good)),
         images=rate(sum(s.images - s.bad_images for s in answered)),
@@ -108,7 +109,7 @@ def summarise(measurement: Measurement) -> Summary:
         send_delay_p99_ms=delay_p99_ms,
         lag_p99_ms=lag_p99_ms,
         cpu_share=measurement.cpu_share,
-        warnings=_warnings(measurement, rate(len(counted)), delay_p99_ms, lag_p99_ms),
+        warnings=_warnings(measurement, offered, delay_p99_ms, lag_p99_ms),
         latencies_ms=latencies,
     )
 
@@ -165,6 +166,5 @@ def _warnings(measurement: Measurement, offered: float, delay_p99_ms: float, lag
 
 
 def _poisson_noise(measurement: Measurement) -> float:
-    """Three standard deviations of a Poisson rate over the window, in requests per second."""
-    start_s, stop_s = measurement.window_s
-    return float(3 * np.sqrt(measurement.level.value / max(stop_s - start_s, 1e-9)))
+    """Three standard deviations of a Poisson rate over the time of sending, in requests per second."""
+    return float(3 * np.sqrt(measurement.level.value / max(measurement.sending_s, 1e-9)))

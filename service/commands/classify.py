@@ -14,6 +14,7 @@ import click
 from service.commands import options
 from service.errors import DataError
 from service.exits import PartialError
+from service.files import visible_below
 
 if TYPE_CHECKING:
     from convoy.v1 import image_classifier_pb2 as pb
@@ -94,7 +95,7 @@ def _files(arguments: Iterable[str]) -> Iterator[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            files = _visible(path)
+            files = visible_below(path)
             found = [p for p in files if p.suffix.lower() in _SUFFIXES]
             if not found:
                 raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
@@ -106,12 +107,6 @@ def _files(arguments: Iterable[str]) -> Iterator[Path]:
             yield path
         else:
             raise DataError(f"{path} does not exist")
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Files below a folder but the hidden ones, which a Mac puts beside every image; sorted."""
-    paths = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(p for p in paths if p.is_file())
 
 
 def _read(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 
-from service.bench import bench
+from service.bench import bench, images
 from service.exits import ServerUnreachableError
 
 QUICK = ["--warmup", "0", "--requests", "20"]
@@ -92,6 +92,24 @@ def test_wrong_flags_are_explained(arguments, words):
 
     assert done.exit_code == 2
     assert words in done.output
+
+
+def test_a_level_in_which_nothing_was_sent_is_told_and_is_no_success(server, image, tmp_path):
+    flags = ("--warmup", "0", "--duration", "0.1", "--seed", "1", "--json", str(tmp_path / "results.json"))
+    some = run(image, "--server", server, "--rate", "0.001,500", *flags)
+    none = run(image, "--server", server, "--rate", "0.001", "--warmup", "0.1", *flags[2:])
+
+    assert (some.exit_code, none.exit_code) == (0, 2)
+    assert "nothing was measured" in none.output
+
+
+def test_hidden_files_are_not_sent(tmp_path):
+    (tmp_path / "b.jpg").write_bytes(b"an image")
+    for hidden in (tmp_path / "._b.jpg", tmp_path / ".thumbnails" / "a.jpg"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_bytes(b"none")
+
+    assert images.from_disk([tmp_path]) == [b"an image"]
 
 
 def test_no_server_is_a_domain_error(unused_tcp_port):

@@ -97,6 +97,24 @@ async def test_open_loop_does_not_wait_for_answers_and_counts_from_the_intended_
     assert statistics.median(intended_s) - min(intended_s) == pytest.approx(0.25, abs=0.08)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+async def test_the_time_of_sending_ends_with_the_last_request_and_not_with_its_answer(target, fake, interrupted):
+    plan = Plan(warmup_s=0, count=10_000 if interrupted else 100, deadline_s=5, seed=2)
+    stopped = asyncio.Event()
+    async with sender(target, REQUESTS, plan.deadline_s) as send:
+        fake.gate.clear()
+        running = asyncio.create_task(measure(send, Level("open", 400), plan, stopped))
+        await asyncio.wait([running], timeout=0.5)
+        if interrupted:
+            stopped.set()
+        await asyncio.wait([running], timeout=1)
+        fake.gate.set()
+        found = await running
+
+    assert found.sending_s == pytest.approx(len(found.samples) / 400, rel=0.5)
+    assert found.sending_s < 1
+
+
 async def test_one_stalled_caller_of_a_closed_loop_sends_nothing_meanwhile(target, fake):
     plan = Plan(warmup_s=0, duration_s=0.3, deadline_s=5)
     async with sender(target, REQUESTS, plan.deadline_s) as send:

@@ -17,12 +17,12 @@ def summary(value=4.0, loop="closed", status=OK, latencies_ms=range(1, 101), bad
         Sample(k / 100, k / 100, k / 100 + ms / 1e3, status if k % 2 else OK, 1, bad, 100, 200, 300)
         for k, ms in enumerate(latencies_ms)
     ]
-    return summarise(Measurement(Level(loop, value), 0.5, samples, (0.0, 1.0), [0.001], cpu_share))
+    return summarise(Measurement(Level(loop, value), 0.5, samples, (0.0, 1.0), [0.001], cpu_share, 1.0))
 
 
 def failed():
     samples = [Sample(0.1, 0.1, 0.2, "UNAVAILABLE")]
-    return summarise(Measurement(Level("open", 9), 0.5, samples, (0.0, 1.0), [], 0.1))
+    return summarise(Measurement(Level("open", 9), 0.5, samples, (0.0, 1.0), [], 0.1, 1.0))
 
 
 def shown(*summaries):

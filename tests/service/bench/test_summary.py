@@ -12,8 +12,11 @@ def sample(intended_s, latency_ms, status=OK, late_ms=0.0, images=1, bad=0):
     return Sample(*times, status, images if status == OK else 0, bad, 1000, 2000, 3000)
 
 
-def measurement(samples, level=None, window_s=(10.0, 12.0), lag_s=(0.001,), cpu_share=0.2, deadline_s=0.5):
-    return Measurement(level or Level("closed", 2), deadline_s, samples, window_s, lag_s, cpu_share)
+def measurement(
+    samples, level=None, window_s=(10.0, 12.0), lag_s=(0.001,), cpu_share=0.2, deadline_s=0.5, sending_s=None
+):
+    sending_s = window_s[1] - window_s[0] if sending_s is None else sending_s
+    return Measurement(level or Level("closed", 2), deadline_s, samples, window_s, lag_s, cpu_share, sending_s)
 
 
 def test_percentiles_are_order_statistics():
@@ -46,6 +49,15 @@ def test_rates_are_of_what_ended_in_the_window():
     assert found.throughput == pytest.approx(3 / 2)
     assert found.offered == pytest.approx(3 / 2)
     assert found.max_ms == pytest.approx(200)
+
+
+def test_what_is_offered_is_of_the_time_of_sending_and_not_of_waiting_for_the_last_answer():
+    samples = [sample(10 + k / 100, 1500) for k in range(100)]
+    found = summarise(measurement(samples, Level("open", 100), window_s=(10.0, 12.5), sending_s=1.0))
+
+    assert found.offered == pytest.approx(100)
+    assert found.throughput == pytest.approx(100 / 2.5)
+    assert not found.warnings
 
 
 def test_goodput_leaves_out_late_and_failed_requests():
