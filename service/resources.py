@@ -56,6 +56,23 @@ def cgroup_quota(cgroup: Path = _CGROUP) -> float | None:
     return quota_us / period_us if quota_us > 0 and period_us > 0 else None
 
 
+def cgroup_memory_left(cgroup: Path = _CGROUP) -> float:
+    """Bytes that the cgroup's limit leaves, not counting files that the system would drop; infinite without a limit.
+
+    Source: Linux cgroup v2 `memory.max`, `memory.current` and `memory.stat`; v1 `memory/memory.limit_in_bytes` etc.
+    """
+    v1 = cgroup / "memory"
+    for folder, limit, usage, droppable in (
+        (cgroup, "memory.max", "memory.current", "inactive_file"),
+        (v1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            most, used = (int((folder / name).read_text()) for name in (limit, usage))
+            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return max(0, most - used + int(facts.get(droppable, 0)))
+    return math.inf
+
+
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
     """Name of the CPU and the instruction sets it has, as Linux spells them; empty where it cannot be read."""
     try:

@@ -22,6 +22,7 @@ from training.graph import fold_scale
 SMALLEST_PROBABILITY = 1e-12
 
 _BATCH = "batch"
+_IR_VERSION = 8  # of ONNX 1.10; from 4 on weights need not be inputs
 _PREFIX = "imported/"
 
 
@@ -62,17 +63,15 @@ def wrap(model: onnx.ModelProto, image: ImageInput, output: str, rule: Normalisa
     front, constants = _front(image, rule)
     end = _end(_PREFIX + output, scores, classes)
     body = list(graph.node)
-    used = {tensor.name for tensor in graph.initializer}
     del graph.node[:], graph.output[:]
-    kept_inputs = [value for value in graph.input if value.name in used]  # initializers that old files list as inputs
     del graph.input[:]
-    graph.input.extend(
-        [
-            helper.make_tensor_value_info(
-                INPUT_NAME, TensorProto.UINT8, [_BATCH, image.height, image.width, image.channels]
-            ),
-            *kept_inputs,
-        ]
+    # Without the weights that old files list as inputs, too: those could be given anew with each call, so that ONNX
+    # Runtime works nothing out beforehand. Their format knows no others.
+    wrapped.ir_version = max(wrapped.ir_version, _IR_VERSION)
+    graph.input.append(
+        helper.make_tensor_value_info(
+            INPUT_NAME, TensorProto.UINT8, [_BATCH, image.height, image.width, image.channels]
+        )
     )
     graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [_BATCH, classes])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from service.errors import ConfigurationError
+from service.resources import cpu_count
 from training.batches import MemorySource, Source, balancing_weights
 from training.config import Experiment
 from training.distributed import Group, device
@@ -115,7 +115,7 @@ def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source
     if data.shards:
         if loop.balance == "sampler":
             raise ConfigurationError("tar shards cannot be sampled; use --balance weights")
-        options = {"buffer": experiment.data.shuffle_buffer, "workers": len(os.sched_getaffinity(0))}
+        options = {"buffer": experiment.data.shuffle_buffer, "workers": cpu_count()}
         return ShardSource(data.shards, data.batch_spec, loop.batch_size, loop.seed, group=group, **options)
     weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
     return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)

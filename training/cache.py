@@ -22,6 +22,7 @@ import psutil
 
 from service.artifact import InputSpec
 from service.errors import DataError
+from service.resources import cgroup_memory_left
 from training.folders import one_by_one
 from training.listing import Listing
 from training.read import Dataset, Fault, decoder_version, read_images
@@ -32,8 +33,9 @@ _STALE_S = 24 * 3600
 
 
 def fits_memory(listing: Listing, spec: InputSpec) -> bool:
-    """Whether all images take at most a quarter of the memory that is free."""
-    return len(listing) * spec.nbytes <= psutil.virtual_memory().available // _SHARE_OF_MEMORY
+    """Whether all images take at most a quarter of the memory that is free, here or in the container."""
+    free = min(psutil.virtual_memory().available, cgroup_memory_left())
+    return len(listing) * spec.nbytes <= free // _SHARE_OF_MEMORY
 
 
 def choose(setting: Literal["auto", "memory", "disk"], listing: Listing, spec: InputSpec, *, shared: bool) -> bool:

@@ -7,6 +7,7 @@ defaults are the recipe for small images (`training/experiments/digits-lenet.yam
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -162,6 +163,11 @@ class LoopConfig(Section):
     threads: Count | None = None
     tensorboard: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of a step that are in memory together, over all processes."""
+        return math.ceil(self.batch_size / self.accumulate)
 
 
 class TransferConfig(Section):

@@ -93,7 +93,7 @@ class Display:
         """Accuracy, top-5 where it says something, and a table per class, hardest first if there are many."""
         top5 = f", top-{TOP_K} {evaluation.top5:.2%}" if len(classes) > TOP_K else ""
         self.say(f"{what}: accuracy {evaluation.accuracy:.2%}{top5} on {len(evaluation.labels)} images")
-        self.console.print(_class_table(evaluation.per_class(), classes))
+        self.console.print(class_table(evaluation.per_class(), classes))
 
     def calibration(self, found: Calibration) -> None:
         """What the temperature does to the confidence on the held-out images."""
@@ -173,15 +173,16 @@ class TrainingView:
         self._bar.update(self._task, description=f"Training epoch {min(self._epoch + 1, self._epochs)}/{self._epochs}")
 
 
-def _class_table(scores: ClassScores, classes: Sequence[str]) -> Table:
+def class_table(scores: ClassScores, classes: Sequence[str]) -> Table:
+    """Scores of each class; of many classes the hardest of those that have an image to be judged by."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("class")
     for name in ("precision", "recall", "F1", "images"):
         table.add_column(name, justify="right")
     rows = list(range(len(classes)))
     if len(rows) > _MOST_ROWS:
-        rows = sorted(rows, key=lambda k: scores.f1[k])[:_MOST_ROWS]
-        table.title = f"the {_MOST_ROWS} hardest of {len(classes)} classes"
+        rows = sorted((k for k in rows if scores.support[k]), key=lambda k: scores.f1[k])[:_MOST_ROWS]
+        table.title = f"the {len(rows)} hardest of {len(classes)} classes"
     for k in rows:
         figures = (scores.precision[k], scores.recall[k], scores.f1[k])
         table.add_row(Text(classes[k]), *(f"{figure:.3f}" for figure in figures), str(scores.support[k]))

@@ -34,7 +34,9 @@ _KEEPS_THE_GROUP = "torch.distributed.nn"
 # Groups that were joined, until the process ends.
 _joined: list[Any] = []
 
-_TIMEOUT = timedelta(minutes=30)  # one process reads and decodes the images while the others wait
+# One process reads the images, and exports, while the others wait for it; those of a lost one are ended by torchrun.
+_TIMEOUT = timedelta(days=7)
+_MEETING_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _meeting_point() -> dict[str, Any]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # PyTorch documents both stores, but its typing does not export them.
-    store = distributed.TCPStore(address, port, world, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    store = distributed.TCPStore(address, port, world, is_master=False, timeout=_MEETING_TIMEOUT)  # type: ignore[attr-defined]
     section = distributed.PrefixStore(f"attempt_{_attempt()}", store)  # type: ignore[attr-defined]
     return {"store": section, "rank": rank, "world_size": world}
 

@@ -15,7 +15,7 @@ from training.batches import Examples
 from training.distributed import Group
 from training.pixels import Normaliser, unit_range
 
-_BATCH = 256
+_AT_ONCE = 256
 TOP_K = 5
 
 
@@ -42,15 +42,26 @@ class Evaluation:
         return metrics.class_scores(metrics.confusion_matrix(self.predicted, self.labels, self.logits.shape[1]))
 
 
-def evaluate(model: nn.Module, examples: Examples, normalise: Normaliser, *, group: Group | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    examples: Examples,
+    normalise: Normaliser,
+    *,
+    at_once: int = _AT_ONCE,
+    group: Group | None = None,
+) -> Evaluation:
     """Runs `model` in evaluation mode over examples, of which there has to be one; processes share the work.
+
+    No more than `at_once` are in memory at a time: who trains on few for want of it has no more for this.
 
     What is judged is the main process's model, whose BatchNorm statistics all have afterwards.
     """
     group = group or Group()
     group.share(model.buffers())
     part = group.part(len(examples))
-    logits = group.gather(predict(model, examples.images, examples.indices[part], normalise))
+    logits = group.gather(
+        predict(model, examples.images, examples.indices[part], normalise, max(1, at_once // group.world))
+    )
     labels = examples.part_labels
     return Evaluation(
         logits=logits,
@@ -63,7 +74,11 @@ def evaluate(model: nn.Module, examples: Examples, normalise: Normaliser, *, gro
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, images: NDArray[np.uint8], indices: NDArray[np.int64], normalise: Normaliser
+    model: nn.Module,
+    images: NDArray[np.uint8],
+    indices: NDArray[np.int64],
+    normalise: Normaliser,
+    at_once: int = _AT_ONCE,
 ) -> NDArray[np.float32]:
     """Logits float32[N, K] of `images[indices]`, uint8[N, H, W, C], in float32.
 
@@ -71,11 +86,12 @@ def predict(
     """
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
+    size = min(at_once, _AT_ONCE)
     model.eval()
     try:
         parts = [
-            model(normalise(unit_range(torch.from_numpy(images[indices[at : at + _BATCH]]).to(device)))).cpu().numpy()
-            for at in range(0, len(indices), _BATCH)
+            model(normalise(unit_range(torch.from_numpy(images[indices[at : at + size]]).to(device)))).cpu().numpy()
+            for at in range(0, len(indices), size)
         ]
     finally:
         for module, training in modes.items():

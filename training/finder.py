@@ -24,7 +24,10 @@ _VISIBLE = 0.05  # of the whole fall
 
 @dataclass(frozen=True)
 class Sweep:
-    """Learning rates and the loss at each: float64[N]. `smooth`: exponential mean of the losses, bias corrected."""
+    """Learning rates, as the settings have them, and the loss at each: float64[N].
+
+    `smooth`: exponential mean of the losses, bias corrected.
+    """
 
     rates: NDArray[np.float64]
     losses: NDArray[np.float64]
@@ -57,7 +60,8 @@ def sweep(stepper: Stepper, source: Source, phase: Phase | None = None, steps: i
     rates, losses, smooth = [], [], []
     mean, best = 0.0, math.inf
     batches = chain.from_iterable(source.batches(epoch, 0) for epoch in count())
-    stepper.begin(phase or Phase("sweep", 1), 1.0, 0, steps)
+    phase = phase or Phase("sweep", 1)
+    stepper.begin(phase, 1.0, 0, steps)
     stepper.train()
     for step in range(steps):
         stepper.fixed_rate = LOWEST * ratio**step
@@ -67,7 +71,7 @@ def sweep(stepper: Stepper, source: Source, phase: Phase | None = None, steps: i
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
         corrected = mean / (1 - _SMOOTHING ** (step + 1))
         best = min(best, corrected)
-        rates.append(stepper.fixed_rate)
+        rates.append(stepper.fixed_rate / phase.peak)
         losses.append(loss)
         smooth.append(corrected)
         if corrected > _DIVERGED * best:

@@ -23,12 +23,15 @@ SETTINGS = "experiment.yaml"
 LAST = "last.pt"  # the checkpoint that a run is resumed from
 
 _LONGEST_NAME = 64
+_SUFFIXES = re.compile(r"(\.(csv|gz|onnx|parquet|pq|tar|tsv|txt))+$", re.IGNORECASE)
 _EXPORT = "export."  # has no part in the weights
 
 
 def name_for(source: Path) -> str:
     """A model's name after its images: "Meine Fotos (2)" gives Meine-Fotos-2. What has no letters gives `model`."""
-    plain = unicodedata.normalize("NFKD", source.resolve().name.partition(".")[0]).encode("ascii", "ignore").decode()
+    place = source.resolve()
+    name = place.name if place.is_dir() else _SUFFIXES.sub("", place.name)
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")[:_LONGEST_NAME] or "model"
 
 

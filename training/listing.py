@@ -94,7 +94,9 @@ def listing_of(
 
 
 def _check_names(entries: Sequence[Entry]) -> None:
-    """File systems take any bytes for a name, but reports, digests and the manifest take text."""
+    """File systems take any bytes for a name, but reports, digests and the manifest take text, and none takes NUL."""
+    if wrong := next((entry.path for entry in entries if "\0" in entry.path), None):
+        raise DataError(f"{wrong!r} is no path; a file's name has no NUL")
     try:
         "".join(entry.path for entry in entries).encode()
     except UnicodeEncodeError:

@@ -225,7 +225,9 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         if not len(self._validation):
             return {}
-        found = evaluate(self.evaluated, self._validation, self._normalise, group=self._group)
+        found = evaluate(
+            self.evaluated, self._validation, self._normalise, at_once=self._loop.images_at_once, group=self._group
+        )
         return {"val_loss": found.loss, "val_accuracy": found.accuracy}
 
     def _is_best(self, figures: Mapping[str, float]) -> bool:

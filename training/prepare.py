@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +10,7 @@ import numpy as np
 
 from service.artifact import InputSpec, Resize
 from service.errors import ConfigurationError, DataError
+from service.resources import cpu_count
 from training import cache
 from training.config import Experiment, InputConfig
 from training.data import list_images
@@ -121,7 +121,7 @@ def _prepare_shards(
                 validation=config.validation,
                 test=config.test,
                 seed=config.split_seed,
-                workers=_cores(),
+                workers=cpu_count(),
                 advance=advance,
             )
 
@@ -146,9 +146,9 @@ def _read(
         with display.reading(len(listing), f"images at {spec.width}x{spec.height}") as advance:
             if mapped:
                 return cache.read_mapped(
-                    listing, spec, cache_folder, min_side_pixels=least, workers=_cores(), advance=advance
+                    listing, spec, cache_folder, min_side_pixels=least, workers=cpu_count(), advance=advance
                 )
-            return read_images(listing, spec, min_side_pixels=least, workers=_cores(), advance=advance)
+            return read_images(listing, spec, min_side_pixels=least, workers=cpu_count(), advance=advance)
 
     return _main_first(read, group)
 
@@ -161,10 +161,6 @@ def _main_first(read: Callable[[], T], group: Group) -> T:
     if group.main:
         group.wait()
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def input_spec(

@@ -112,7 +112,7 @@ def _judged(trained: Trained, outputs: Outputs) -> dict[str, Any]:
         "top5": metrics.top_k_accuracy(outputs.logits, labels, 5) if len(classes) > 5 else None,  # noqa: PLR2004
         "scores": scores,
         "macro": scores.macro(),
-        "worst_classes": np.argsort(scores.f1, kind="stable")[: _FEW_CLASSES if few else _WEAKEST].tolist(),
+        "worst_classes": _weakest(scores, None if few else _WEAKEST),
         "confusion": confusion.tolist() if few else None,
         "confusion_picture": None if few else pictures.confusion_picture(confusion),
         "pairs": _confused_pairs(confusion, classes),
@@ -125,6 +125,12 @@ def _judged(trained: Trained, outputs: Outputs) -> dict[str, Any]:
         "mistakes": _pictures(trained, outputs, np.flatnonzero(predicted != labels), most_confident=True),
         "doubts": _pictures(trained, outputs, np.flatnonzero(predicted == labels), most_confident=False),
     }  # fmt: skip
+
+
+def _weakest(scores: metrics.ClassScores, most: int | None) -> list[int]:
+    """Classes by their F1, the lowest first; of some only those that have an image to be judged by."""
+    ordered: list[int] = np.argsort(scores.f1, kind="stable").tolist()
+    return ordered if most is None else [k for k in ordered if scores.support[k]][:most]
 
 
 def _insides(trained: Trained, model: nn.Module) -> dict[str, Any]:

@@ -206,8 +206,10 @@ def examine(
     model, normalise, dataset, split = trainer.evaluated.eval(), data.normalise.on(device()), data.dataset, data.split
     held_out: Part = "test" if len(split.test) else "validation"
     holdout = data.examples(held_out)
-    tuned = evaluate(model, data.examples("validation" if len(split.validation) else "test"), normalise, group=group)
-    evaluation = evaluate(model, holdout, normalise, group=group)
+    some = experiment.loop.images_at_once
+    judge = data.examples("validation" if len(split.validation) else "test")
+    tuned = evaluate(model, judge, normalise, at_once=some, group=group)
+    evaluation = evaluate(model, holdout, normalise, at_once=some, group=group)
     temperature = fit_temperature(tuned.logits, tuned.labels)
     judged = Judged(evaluation, calibration(evaluation.logits, evaluation.labels, temperature))
     files = data.files(held_out)

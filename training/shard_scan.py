@@ -28,6 +28,7 @@ from service.artifact import InputSpec
 from service.errors import DataError, InvalidImageError
 from service.preprocess import preprocess
 from training.folders import one_by_one
+from training.labels import read_labels
 from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
 from training.read import Fault, channels_of, decoder_version
@@ -277,12 +278,15 @@ def _open(folder: Path, urls: Sequence[str], names: Sequence[str]) -> Scanned:
         texts = [stored[f"labels{number}"] for number in range(len(urls))]
         parts = tuple(stored[f"parts{number}"] for number in range(len(urls)))
         mean, std, calibration = stored["mean"], stored["std"], stored["calibration"]
-        digest = str(stored["digest"])
+        digest = hashlib.sha256("\0".join((str(stored["digest"]), *names)).encode()).hexdigest()
     classes, index = _classes(texts, parts, names)
     labels = tuple(np.array([index.get(text, -1) for text in shard.tolist()], dtype=np.int64) for shard in texts)
     shards = ShardSet(tuple(urls), parts, labels, tuple(mean.tolist()), tuple(std.tolist()), calibration, digest)
     if not len(shards):
-        raise DataError(f"the shards hold no usable training samples: {urls[0]} and {len(urls) - 1} more")
+        raise DataError(
+            f"the shards hold no usable training samples: {urls[0]} and {len(urls) - 1} more; each sample is an image, "
+            "KEY.jpg or of another kind, and its class, KEY.cls"
+        )
     entries = [replace(entry, label=classes[index[entry.label]]) for entry in table_entries(folder / _HELD_OUT)]
     faults = json.loads((folder / _FAULTS).read_text(encoding="utf-8"))
     held_out = listing_of(folder, entries, classes)
@@ -303,10 +307,10 @@ def _classes(
     return tuple(used), {text: number for number, text in enumerate(used)}
 
 
-def _class_names(source: Path) -> list[str]:
+def _class_names(source: Path) -> Sequence[str]:
     """The lines of `classes.txt` beside the shards, if there is one: names of labels that are numbers."""
     file = (source if source.is_dir() else source.parent) / _NAMES
-    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.is_file() else []
+    return read_labels(file) if file.is_file() else ()
 
 
 def _key(urls: Sequence[str], spec: InputSpec, shares: Mapping[int, float], seed: int) -> str:

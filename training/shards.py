@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
 
@@ -85,13 +85,16 @@ def find_shards(source: Path) -> list[str]:
         DataError: the list is empty, or images lie beside the shards, which would be left out without a word.
     """
     if source.is_dir():
-        for file in source.glob("[!.]*/*"):
+        for file in chain(source.glob("[!.]*/*"), source.glob("[!.]*/[!.]*/*")):  # classes, or parts with classes
             if is_image(file.name):
                 raise DataError(
                     f"{source} holds tar shards and beside them images, as {file}; move one of the two away"
                 )
         return sorted(str(file) for file in source.glob("*.tar"))
-    lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is no list of shards in UTF-8: {error}") from None
     urls = [line if "://" in line else str(source.parent / line) for line in lines if line and line[0] != "#"]
     if not urls:
         raise DataError(f"{source} lists no shards; write a path or URL of a .tar file on each line")
@@ -215,7 +218,7 @@ class ShardSource:
         samples = self._shuffled(epoch)
         with ThreadPoolExecutor(self._workers) as pool:
             for number, size in enumerate(np.diff(bounds).tolist()):
-                taken = [next(samples) for _ in range(size)]
+                taken = list(islice(samples, size))
                 if number >= first:
                     yield self._decode(taken[self._group.part(size)], size, pool)
 
@@ -244,9 +247,16 @@ class ShardSource:
         for number in order.tolist():
             parts, labels = shards.parts[number], shards.labels[number]
             uniform = draws(len(parts), self._seed, epoch, number + 1)
+            count = 0
             for place, sample in enumerate(read_shard(shards.urls[number])):
-                if parts[place] == TRAIN:
+                count += 1
+                if count <= len(parts) and parts[place] == TRAIN:
                     yield sample.image, int(labels[place]), uniform[place]
+            if count != len(parts):
+                raise DataError(
+                    f"shard {shards.urls[number]} has {count} samples, and had {len(parts)} when it was scanned; train "
+                    "on shards that nobody writes"
+                )
 
 
 def _pop(buffer: list[tuple[bytes, int, Tensor]], random: np.random.Generator) -> tuple[bytes, int, Tensor]:

@@ -66,14 +66,15 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            _check_columns(file, names)
-            wanted = [name for name in (_PATH, _LABEL, _SPLIT) if name in names]
+            plain = [str(name).strip().lower() for name in names]  # as in CSV
+            _check_columns(file, plain)
+            wanted = {names[plain.index(name)]: name for name in (_PATH, _LABEL, _SPLIT) if name in plain}
             number = 0
-            for batch in table.iter_batches(columns=wanted):
+            for batch in table.iter_batches(columns=list(wanted)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
-    except arrow.ArrowInvalid as error:
+                    yield number, {wanted[name]: value for name, value in row.items()}
+    except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{file} is no Parquet table: {error}") from error
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.errors import ConfigurationError
 from service.exits import Exit
 from training.cli import require_extra
 from training.options import overrides_of, setting_options
@@ -100,6 +101,8 @@ def tune(
     from training.tune import Tuning
     from training.tune import tune as run
 
+    if output is not None and output.suffix.lower() == ".html":
+        raise ConfigurationError(f"--output {output} takes the experiment file, as best.yaml; the page lies beside it")
     job = Tuning(
         experiment=experiment,
         config=tuning,

@@ -1,5 +1,6 @@
 """CPUs as the cgroup grants them, and memory as the C library keeps it."""
 
+import math
 import os
 import platform
 import subprocess
@@ -41,6 +42,32 @@ def test_cgroup_v1(tmp_path, quota, period, expected):
 @pytest.mark.parametrize("text", ["", "nonsense", "1 2 3", "x 100000"])
 def test_what_cannot_be_read_grants_everything(v2, text):
     assert resources.cgroup_quota(v2(text)) is None
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "left"),
+    [
+        ("", {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 500\ninactive_file 150\n"}, 450),
+        ("", {"memory.max": "1000", "memory.current": "1200", "memory.stat": "inactive_file 0\n"}, 0),
+        ("", {"memory.max": "max", "memory.current": "700", "memory.stat": ""}, math.inf),
+        (
+            "memory",
+            {
+                "memory.limit_in_bytes": "1000",
+                "memory.usage_in_bytes": "600",
+                "memory.stat": "total_inactive_file 100\n",
+            },
+            500,
+        ),
+        ("", {}, math.inf),
+    ],
+)
+def test_memory_that_the_cgroup_leaves(tmp_path, folder, files, left):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name, text in files.items():
+        (tmp_path / folder / name).write_text(text)
+
+    assert resources.cgroup_memory_left(tmp_path) == left
 
 
 def test_without_a_cgroup_the_affinity_counts(tmp_path):

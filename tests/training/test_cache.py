@@ -8,6 +8,7 @@ import pytest
 
 from service.artifact import InputSpec
 from service.errors import DataError
+from training import cache
 from training.cache import choose, read_mapped
 from training.data import list_images
 from training.read import decoder_version, read_images
@@ -105,6 +106,13 @@ def test_maps_on_demand_for_several_processes_and_for_what_is_too_large(digit_fo
     assert choose("auto", listing, huge, shared=False)
     assert not choose("auto", listing, SPEC, shared=False)
     assert not choose("memory", listing, huge, shared=False)
+
+
+def test_memory_is_that_of_the_container(digit_folder, monkeypatch):
+    listing = list_images(digit_folder)
+    monkeypatch.setattr(cache, "cgroup_memory_left", lambda: 3 * len(listing) * SPEC.nbytes)
+
+    assert choose("auto", listing, SPEC, shared=False)
 
 
 def test_what_killed_runs_left_is_removed_after_a_day(digit_folder, tmp_path):

@@ -3,10 +3,12 @@ import io
 import re
 import sys
 
+import numpy as np
 from rich.console import Console
 
 from training.calibrate import Calibration
-from training.display import Display, console_of_process
+from training.display import Display, class_table, console_of_process
+from training.metrics import ClassScores
 
 FOUND = Calibration(1.5, error_before=0.0812, error_after=0.0104, likelihood_before=0.31, likelihood_after=0.2204)
 
@@ -45,6 +47,14 @@ def test_frames_are_not_lost_where_the_standard_output_is_redirected(monkeypatch
     with contextlib.redirect_stdout(io.StringIO()):
         shown.say("still here")
     assert terminal.getvalue() == "still here\n"
+
+
+def test_the_hardest_of_many_classes_are_some_that_were_judged():
+    scores = ClassScores(*(np.linspace(0, 1, 60) for _ in range(3)), support=np.array([0] * 30 + [3] * 30))
+    table = class_table(scores, [f"class {n}" for n in range(60)])
+
+    assert [str(name) for name in table.columns[0].cells] == [f"class {n}" for n in range(30, 50)]
+    assert table.title == "the 20 hardest of 60 classes"
 
 
 def test_calibration_is_shown_before_and_after():

@@ -49,6 +49,17 @@ def test_only_what_the_phase_trains_is_swept(digit_data):
     assert math.isfinite(stepper.learning_rate)
 
 
+def test_rates_are_those_that_the_settings_would_have(digit_data):
+    """A phase with half the peak learns at half of what --learning-rate says."""
+    experiment, rates = Experiment.model_validate({"loop": {"batch_size": 32}}), []
+    for peak in (1.0, 0.5):
+        stepper, _ = build_stepper(experiment, describe("lenet5"), digit_data, Group())
+        source = build_source(experiment, digit_data, Group())
+        rates.append(sweep(stepper, source, Phase("all", 1, peak=peak), steps=20).rates)
+
+    assert np.allclose(rates[1], 2 * rates[0])
+
+
 def test_suggests_a_rate_at_which_the_loss_falls(digit_data, tmp_path):
     found = sweep_of(digit_data)
     assert 1e-4 < found.suggestion < 0.1

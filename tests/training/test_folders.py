@@ -76,7 +76,10 @@ def test_a_file_in_the_way_is_said_so(tmp_path):
     ("folder", "name"),
     [
         ("photos", "photos"),
-        ("photos.v2", "photos"),
+        ("photos.v2", "photos-v2"),
+        ("2024.05.01", "2024-05-01"),
+        ("photos.csv", "photos"),
+        ("photos.v2.tar.gz", "photos-v2"),
         ("Meine Fotos (2)", "Meine-Fotos-2"),
         ("Bücher", "Bucher"),
         ("写真", "model"),

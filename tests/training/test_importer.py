@@ -19,9 +19,9 @@ from torch import nn
 
 from service import artifact
 from service.artifact import Weights
-from service.errors import ArtifactError, ConfigurationError, DataError, TrainingError
+from service.errors import ArtifactError, ConfigurationError, TrainingError
 from service.preprocess import preprocess
-from training import import_cli, importer
+from training import import_cli
 from training.conventions import PRESETS, Request
 from training.importer import import_version
 from training.runtime import Session
@@ -393,6 +393,38 @@ def test_an_old_operator_set_with_weights_among_the_inputs_is_brought_up_to_date
     np.testing.assert_allclose(ask(version, pixels).probabilities, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("opset", [9, 13])
+def test_weights_among_the_inputs_are_weights_all_the_same(tmp_path, request_for, repository, opset):
+    """Left there they could be given anew with each call: ONNX Runtime would fuse nothing into them."""
+    kernel = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
+    path = tmp_path / "net.onnx"
+    hand_made(
+        path,
+        shape=["n", 3, 8, 8],
+        body=[
+            helper.make_node("Mul", ["x", "d"], ["scaled"]),
+            helper.make_node("Conv", ["scaled", "w"], ["scores"]),
+            helper.make_node("Flatten", ["scores"], ["y"], axis=1),
+        ],
+        output={"y": ["n", 5]},
+        initializers=[("d", np.full((1, 3, 1, 1), 2, np.float32)), ("w", kernel)],
+        opset=opset,
+    )
+    model = onnx.load(path)
+    model.ir_version = 3
+    model.graph.input.append(helper.make_tensor_value_info("w", 1, list(kernel.shape)))
+    model.graph.input.append(helper.make_tensor_value_info("d", 1, [1, 3, 1, 1]))
+    onnx.save(model, path)
+    version = import_version(request_for(preset="zero-one", scores="logits"), repository)
+
+    imported = onnx.load(version / "model.onnx")
+    onnx.checker.check_model(imported, full_check=True)
+    pixels = random_pixels(2, 8, 8)
+    wanted = np.einsum("nhwc,kchw->nk", pixels / 255 * 2, kernel)
+    assert [value.name for value in imported.graph.input] == ["image"]
+    np.testing.assert_allclose(ask(version, pixels).logits, wanted, atol=1e-3)
+
+
 def test_half_precision_graphs_get_half_precision_images(tmp_path, request_for, repository):
     body, weights = pooled()
     path = tmp_path / "net.onnx"
@@ -612,46 +644,6 @@ def test_labels_are_counted_against_the_graph(tmp_path, request_for, repository,
 
     with pytest.raises(ArtifactError, match=message):
         import_version(request_for(), repository)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a\n\nb", "empty line at 2"),
-        ("a\n", "has 1 lines"),
-        ("", "has 0 lines"),
-        ("a\na\na (0)\n", "rename them"),
-    ],
-)
-def test_labels_that_are_no_list_of_classes_are_refused(tmp_path, text, message):
-    path = tmp_path / "labels.txt"
-    path.write_text(text)
-
-    with pytest.raises(DataError, match=message):
-        importer.read_labels(path)
-
-
-def test_missing_and_binary_labels_are_named(tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-
-    for name in ("missing", "binary"):
-        with pytest.raises(DataError, match=f"{name} cannot be read"):
-            importer.read_labels(tmp_path / name)
-
-
-def test_equal_labels_are_told_apart_by_their_index(tmp_path):
-    path = tmp_path / "labels.txt"
-    path.write_text("crane\r\nowl\r\ncrane\r\n", encoding="utf-8-sig")
-
-    assert importer.read_labels(path) == ("crane (0)", "owl", "crane (2)")
-
-
-@pytest.mark.parametrize("between", ["\u2028", "\u0085", "\f", "\v"])
-def test_only_ends_of_lines_end_a_label(tmp_path, between):
-    path = tmp_path / "labels.txt"
-    path.write_bytes(f"whooping{between}crane\r\nowl\rdove\nfinch\n".encode())
-
-    assert importer.read_labels(path) == (f"whooping{between}crane", "owl", "dove", "finch")
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x07"])

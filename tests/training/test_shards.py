@@ -189,6 +189,11 @@ def test_images_beside_shards_are_not_left_out_without_a_word(shards, tmp_path):
     (shards / "cat" / "1.png").write_bytes(png(0))
     with pytest.raises(DataError, match=r"holds tar shards and beside them images, as .*cat/1\.png"):
         scanned(shards, tmp_path)
+    shutil.rmtree(shards / "cat")
+    (shards / "train" / "cat").mkdir(parents=True)
+    (shards / "train" / "cat" / "1.png").write_bytes(png(0))
+    with pytest.raises(DataError, match=r"beside them images, as .*train/cat/1\.png"):
+        scanned(shards, tmp_path)
 
 
 def test_shards_named_for_a_part_are_that_part(shards, tmp_path):
@@ -268,6 +273,48 @@ def test_names_of_number_labels_come_from_a_file(shards, end, tmp_path):
     (shards / "classes.txt").write_text("zebra\nape\n")
     with pytest.raises(DataError, match="names 2 classes, but a sample has label 2"):
         scanned(shards, tmp_path)
+
+
+def test_classes_of_one_name_are_told_apart(shards, tmp_path):
+    """As ImageNet's two cranes: the held-out images of one would be taken for the other."""
+    (shards / "classes.txt").write_bytes(b"\xef\xbb\xbfcrane\r\nape\r\ncrane\r\n\r\n")
+    found = scanned(shards, tmp_path).held_out
+    (shards / "classes.txt").write_text("zebra\nape\ncat\n")
+    other = scanned(shards, tmp_path).held_out
+
+    assert found.classes == ("crane (0)", "ape", "crane (2)")
+    assert found.labels.tolist() == other.labels.tolist()
+    assert set(found.labels.tolist()) == {0, 1, 2}
+
+
+def test_other_names_of_the_classes_are_other_data(shards, tmp_path):
+    digests = set()
+    for names in ("zebra ape cat", "cat ape zebra", "zebra ape cat dog"):
+        (shards / "classes.txt").write_text("\n".join(names.split()))
+        digests.add(scanned(shards, tmp_path).shards.digest)
+
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "list.txt"])
+def test_a_text_that_is_not_in_utf8_is_named(shards, tmp_path, name):
+    (shards / name).write_bytes("zèbre.tar\nape\ncat\n".encode("latin-1"))
+    with pytest.raises(DataError, match=f"{name}.* UTF-8"):
+        scanned(shards if name == "classes.txt" else shards / name, tmp_path)
+
+
+def test_a_list_of_shards_may_begin_with_a_byte_order_mark(shards):
+    (shards / "list.txt").write_text("train-000.tar\n", encoding="utf-8-sig")
+
+    assert find_shards(shards / "list.txt") == [str(shards / "train-000.tar")]
+
+
+@pytest.mark.parametrize("count", [20, 28, 32])
+def test_a_shard_that_is_written_meanwhile_ends_the_run_with_its_name(shards, tmp_path, count):
+    source = source_of(scanned(shards, tmp_path).shards)
+    write_shard(shards / "train-001.tar", [(f"s{i:04d}", png(i), i % 3) for i in range(count)])
+    with pytest.raises(DataError, match=rf"train-001\.tar has {count} samples, and had 30"):
+        list(source.batches(0, 0))
 
 
 def test_an_epoch_shows_every_training_sample_once(shards, tmp_path):

@@ -26,6 +26,24 @@ def test_columns_may_be_written_in_capitals(tmp_path):
     assert listing.splits.tolist() == [TEST, TRAIN]
 
 
+def test_a_damaged_parquet_file_is_an_error_with_its_name(tmp_path):
+    file = tmp_path / "images.parquet"
+    rows = {"Path": [f"a{i}.jpg" for i in range(5000)], "LABEL": [f"{i % 2}" for i in range(5000)]}
+    parquet.write_table(pa.table(rows), file, compression="snappy")
+    assert list_images(file).classes == ("0", "1")  # capitals as in CSV
+    content = bytearray(file.read_bytes())
+    content[100:4000] = bytes(3900)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"images\.parquet is no Parquet table"):
+        list_images(file)
+
+
+def test_a_path_with_a_nul_is_refused(tmp_path):
+    (tmp_path / "images.csv").write_text("path,label\na\0.jpg,x\nb.jpg,y\n")
+    with pytest.raises(DataError, match="NUL"):
+        list_images(tmp_path / "images.csv")
+
+
 def test_reads_parquet_with_number_labels(tmp_path):
     table = tmp_path / "images.parquet"
     parquet.write_table(pa.table({"path": ["1.png", "2.png"], "label": [7, 3]}), table)

@@ -130,6 +130,12 @@ def test_a_finished_study_is_shown_again_and_goes_on_with_more_trials(finished):
     assert [t.number for t in trials_of(storage)] == list(range(8))
 
 
+def test_the_result_does_not_take_the_place_of_its_own_page(digit_folder, tmp_path):
+    arguments = [str(digit_folder), "--runs", str(tmp_path), "--output", str(tmp_path / "best.html"), *FLAGS]
+    with pytest.raises(ConfigurationError, match=r"--output .*best\.html takes the experiment file"):
+        CliRunner().invoke(tune_command, arguments, catch_exceptions=False)
+
+
 def test_an_interrupted_study_draws_what_an_uninterrupted_one_draws(digit_folder, tmp_path, display):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tune(job(whole, digit_folder, trials=4), display)
