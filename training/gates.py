@@ -101,7 +101,10 @@ def check_parity(
     worst_probability = worst_logit = 0.0
     for size in batches:
         rows = slice(len(pixels) - size, None)
-        found = session.run(np.ascontiguousarray(pixels[rows]))
+        try:
+            found = session.run(np.ascontiguousarray(pixels[rows]))
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {original.advice}" if original else str(error)) from error
         expected = Outputs(wanted.logits[rows], wanted.probabilities[rows])
         worst_probability = max(worst_probability, _compare(found, expected, original or Original()))
         worst_logit = max(worst_logit, float(np.abs(found.logits - expected.logits).max()))

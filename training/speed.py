@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from training.gates import sample
 from training.runtime import Session
 
 BATCH = 8
@@ -50,7 +51,7 @@ def compare(baseline: Session, candidate: Session, pixels: NDArray[np.uint8]) ->
 
 def _rounds_s(sessions: Sequence[Session], pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Seconds per batch, [rounds, sessions]; uint8[V, H, W, C] is repeated if it is shorter than a batch."""
-    batch = np.resize(pixels, (BATCH, *pixels.shape[1:]))
+    batch = sample(pixels, BATCH)
     for session in sessions:
         session.run(batch)  # the first run allocates
     rounds: list[list[float]] = []

@@ -20,7 +20,7 @@ from service.artifact import RejectedVariant, Variant
 from service.errors import ConfigurationError, TrainingError
 from training import metrics, speed
 from training.config import ExportConfig, VariantName
-from training.gates import BATCHES
+from training.gates import BATCHES, sample
 from training.quantize import Int8, Int8Form, cpu_form, needs_reduced_range, tensorrt_form, to_fp16
 from training.runtime import CPU, CUDA, TENSORRT, Outputs, Session, usable
 
@@ -182,7 +182,7 @@ class _Judge:
         self.tell(f"{self.name}: measuring accuracy on {len(self.baseline.labels)} held-out images")
         session = Session(serialised)
         for size in self.baseline.batches:
-            self._check_finite(session.run(np.resize(self.baseline.holdout, (size, *self.baseline.holdout.shape[1:]))))
+            self._check_finite(session.run(sample(self.baseline.holdout, size)))
         outputs = session.run_all(self.baseline.holdout)
         self._check_finite(outputs)
         accuracy = metrics.accuracy(outputs.logits.argmax(axis=1), self.baseline.labels)
