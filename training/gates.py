@@ -122,7 +122,7 @@ def _compare(found: Outputs, wanted: Outputs, original: Original) -> float:
     if found.logits.shape != wanted.logits.shape or found.probabilities.shape != wanted.probabilities.shape:
         raise TrainingError(
             f"the export differs from {original.name} on a batch of {size}: outputs are {found.logits.shape} and "
-            f"{found.probabilities.shape}, not {wanted.logits.shape}"
+            f"{found.probabilities.shape}, not {wanted.logits.shape}; {original.advice}"
         )
     difference = float(np.abs(found.probabilities - wanted.probabilities).max())
     logit_difference = float(np.abs(found.logits - wanted.logits).max())
