@@ -88,6 +88,11 @@ def cli() -> None:
     """
 
 
+def _is_no_text(argument: str) -> bool:
+    """Whether it came as bytes that are no UTF-8: Python keeps them as lone surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in argument)
+
+
 def main() -> NoReturn:
     """Entry point: runs a command, and turns what went wrong into one line and an exit code."""
     # gRPC would write a line of its own for each failed handshake, as of a port scan, among the lines of the log.
@@ -103,6 +108,11 @@ def main() -> NoReturn:
         code = Exit.USAGE
     except (click.Abort, KeyboardInterrupt):
         code = Exit.CTRL_C
+    except UnicodeEncodeError as error:
+        if not any(_is_no_text(argument) for argument in sys.argv):
+            raise
+        click.echo(f"convoy: an argument is not in UTF-8: {error.object!a}", err=True)
+        code = Exit.USAGE
     except ConvoyError as error:
         click.secho(f"convoy: {error}", err=True, fg="red")
         code = exits.code_of(error)

@@ -161,6 +161,8 @@ def check_options(options: Mapping[str, Mapping[str, object]]) -> None:
     """Raises ValueError if an operator's options, by provider, are of no provider or would break what is built here."""
     if unknown := sorted(set(options) - set(NAMES)):
         raise ValueError(f"there is no provider {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+    if options.get("cpu"):
+        raise ValueError("cpu has no options; its threads are those of executors and intra_op_threads")
     for name, given in options.items():
         for key in sorted(set(given) & set(_REFUSED_OPTIONS)):
             raise ValueError(f"the option {key} of {name} cannot be set: {_REFUSED_OPTIONS[key]}")

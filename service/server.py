@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from service import engine, logs, resources, selection, serving
 from service.admission import Admission
@@ -298,8 +299,8 @@ class Server:
         for model in self.repository:
             manifest = model.version.manifest
             console.print(
-                f"  [bold cyan]{model.name}[/bold cyan] version {model.number}: {manifest.architecture}, "
-                f"{len(manifest.classes)} classes, {model.engine.variant} on {model.engine.provider}"
+                f"  [bold cyan]{model.name}[/bold cyan] version {model.number}: {escape(manifest.architecture)}, "
+                f"{len(manifest.classes)} classes, {escape(model.engine.variant)} on {model.engine.provider}"
             )
         console.print(f"\n  gRPC     {places['grpc']}")
         console.print(f"  HTTP     http://{places['http']}/metrics  /health/live  /health/ready")

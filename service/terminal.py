@@ -19,4 +19,5 @@ def console(**options: Any) -> Console:
     """
     terminal = sys.stdout is not None and sys.stdout.isatty()
     width = None if terminal or "COLUMNS" in os.environ else _COLUMNS_OF_A_PIPE
-    return Console(width=width, **options)
+    # Names of models, classes and architectures are anybody's: what looks like rich's markup in them is none.
+    return Console(width=width, markup=False, **options)

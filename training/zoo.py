@@ -104,7 +104,7 @@ def _table(console: Console, entries: list[dict[str, Any]]) -> None:
 
 def _show(console: Console, entry: dict[str, Any]) -> None:
     """One architecture in full."""
-    console.print(f"[bold]{entry['name']}[/bold]  ({entry['family']})", highlight=False)
+    console.print(f"[bold]{entry['name']}[/bold]  ({entry['family']})", markup=True, highlight=False)
     facts = {
         "parameters": f"{entry['parameters']:,} with {entry['classes']} classes",
         "cost": f"{_gmac(entry)} GMAC for one image",

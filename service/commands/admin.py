@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -80,10 +80,13 @@ def status(admin: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(MessageToDict(reply, preserving_proto_field_name=True), ensure_ascii=False, indent=2))
         return
+    if not reply.models:
+        click.echo("nothing is served")
     for model in reply.models:
-        routing = _routing_text(model.routing) if model.versions else "not served"
+        numbers = {served.version for served in model.versions}
+        routing = _routing_text(model.routing, numbers) if numbers else "not served"
         click.echo(f"{click.style(model.model, bold=True)}  {routing}")
-        split = {served.version for served in model.versions}.intersection(model.routing.traffic)
+        split = numbers.intersection(model.routing.traffic)
         for served in model.versions:
             answers = ", answers" if (served.version in split if split else served.is_default) else ""
             click.echo(f"  version {served.version}: {served.architecture} on {served.provider}{answers}")
@@ -147,7 +150,7 @@ def route(model: str, versions: str, traffic: str | None, shadow: int | None, ti
     wanted = pb.Routing(versions=versions, traffic=_split(traffic), shadow=shadow)
     with _stub(admin) as stub:
         reply = stub.SetRouting(pb.SetRoutingRequest(model=model, routing=wanted), timeout=timeout_s)
-    click.echo(f"{model}: {_routing_text(reply.routing)}")
+    click.echo(f"{model}: {_routing_text(reply.routing, set(reply.routing.traffic))}")
 
 
 def _split(text: str | None) -> dict[int, float]:
@@ -161,8 +164,12 @@ def _split(text: str | None) -> dict[int, float]:
     return split
 
 
-def _routing_text(routing: pb.Routing) -> str:
-    total = sum(routing.traffic.values())
-    split = ", ".join(f"{weight / total:.0%} to version {number}" for number, weight in sorted(routing.traffic.items()))
+def _routing_text(routing: pb.Routing, served: Collection[int]) -> str:
+    """Who answers, of the versions that are in service: they share what was meant for the others."""
+    shares = {number: weight for number, weight in sorted(routing.traffic.items()) if number in served}
+    total = sum(shares.values())
+    split = ", ".join(f"{weight / total:.0%} to version {number}" for number, weight in shares.items())
+    absent = [str(number) for number in sorted(routing.traffic) if number not in served]
+    missing = f" (version {', '.join(absent)} is not in service)" if absent else ""
     shadow = f"; version {routing.shadow} shadows" if routing.HasField("shadow") else ""
-    return f"serves {routing.versions}; {split or 'all to the latest'}{shadow}"
+    return f"serves {routing.versions}; {split or 'all to the latest'}{missing}{shadow}"

@@ -52,8 +52,8 @@ def plan(
     machine = selection.this_machine()
     selector = selection.Selector(machine, chosen.cache_dir)
     wishes = chosen.wishes(version.manifest.name)
-    if providers:
-        wishes = dataclasses.replace(wishes, providers=tuple(name.strip() for name in providers.split(",")))
+    if providers and providers.strip(" ,"):
+        wishes = dataclasses.replace(wishes, providers=tuple(filter(None, map(str.strip, providers.split(",")))))
     if variant:
         wishes = dataclasses.replace(wishes, variant=variant)
     table, remembered = selector.table(version, wishes, refresh=refresh)

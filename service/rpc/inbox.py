@@ -120,7 +120,7 @@ class Inbox:
 
 
 class Streamed:
-    """A method whose answer is a stream, for instance reflection: it waits for each of its messages with patience.
+    """A method whose answer is a stream, for instance reflection: its first message is waited for with patience.
 
     Args:
         handler: the method as its service registered it.
@@ -161,8 +161,10 @@ class Streamed:
             await self._method(request, context)
 
     async def _requests(self, context: Context) -> AsyncIterator[Any]:
-        while not isinstance(message := await self._inbox.message(context), InvalidRequestError):
+        message: Any = await self._inbox.message(context)
+        while message is not aio.EOF and not isinstance(message, InvalidRequestError):
             yield self._parse(arrived(message))
+            message = await context.read()  # when there is another is up to the client
 
 
 def draining() -> DrainingError:

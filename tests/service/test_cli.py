@@ -302,6 +302,8 @@ def test_of_a_folder_hidden_files_are_no_images_and_formats_that_are_not_read_ar
             "no server answers at 127.0.0.1:1 (Connection refused); start one with `convoy serve`",
         ),
         (["classify", __file__, "--server", "localhost"], 4, "(give its port, as in localhost:8500)"),
+        (["load", "caf\udce9", "--admin", NOBODY], 4, NOBODY),
+        (["classify", __file__, "--server", "\udcff:1"], 2, "an argument is not in UTF-8: '\\udcff:1'"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -311,6 +313,13 @@ def test_what_goes_wrong_ends_with_its_code_and_says_why(convoy, arguments, code
     assert found == code
     assert words in err
     assert "Traceback" not in err
+
+
+def test_a_name_that_is_not_in_utf8_is_an_error_of_usage(convoy, served, pictures):
+    code, _, err = convoy("classify", pictures / "a.png", "--server", served, "--model", "gr\udce9y")
+
+    assert code == 2
+    assert "not in UTF-8" in only_line(err)
 
 
 def test_a_folder_without_images_says_which_formats_count(convoy, tmp_path):

@@ -231,6 +231,26 @@ async def test_status_tells_every_version_that_answers(repository):
         assert [line.endswith("answers") for line in told.output.splitlines()] == [False, True, True, False]
 
 
+async def test_status_divides_among_what_is_in_service(repository):
+    write_version(repository, "grey", 2)
+    async with Around(repository) as ends:
+        arguments = ["--admin", f"127.0.0.1:{ends.server.admin_port}"]
+        routing = admin_pb2.Routing(versions="all", traffic={1: 3, 2: 1})
+        await ends.admin.SetRouting(admin_pb2.SetRoutingRequest(model="grey", routing=routing))
+        told = []
+        for unloaded in ({}, {"version": 2}, {"version": 1}):
+            if unloaded:
+                await ends.admin.UnloadModel(admin_pb2.UnloadModelRequest(model="grey", **unloaded))
+            shown = (await asyncio.to_thread(CliRunner().invoke, status, arguments)).output
+            told += [line for line in shown.splitlines() if line.startswith(("grey", "nothing"))]  # none of the log's
+
+    assert told == [
+        "grey  serves all; 75% to version 1, 25% to version 2",
+        "grey  serves all; 100% to version 1 (version 2 is not in service)",
+        "nothing is served",
+    ]
+
+
 async def test_who_changed_what_is_in_the_log(repository):
     write_version(repository, "grey", 2)
     with structlog.testing.capture_logs() as lines:

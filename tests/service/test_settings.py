@@ -66,6 +66,7 @@ def test_settings_do_not_change_after_the_start():
         ({"max_calls_per_connection": 5_000_000_000}, "max_calls_per_connection"),
         ({"providers": None}, "providers"),
         ({"models": 3}, "models"),
+        ({"provider_options": {"cpu": {"use_arena": "1"}}}, "cpu has no options"),
     ],
 )
 def test_a_wrong_value_names_its_setting_in_one_line(flags, words):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from service import terminal
 
@@ -35,6 +36,14 @@ def test_a_terminal_is_as_wide_as_it_is(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stream)
 
         assert terminal.console().width == Console().width
+
+
+def test_what_looks_like_markup_in_a_name_is_printed_as_it_is(capsys):
+    table = Table("architecture")
+    table.add_row("net[v2] [/x] [red]")
+    terminal.console().print(table)
+
+    assert "net[v2] [/x] [red]" in capsys.readouterr().out
 
 
 def test_without_an_output_nothing_fails(monkeypatch):

@@ -31,6 +31,8 @@ class AdminStub:
     NOT_FOUND            no such model or version, in the repository or in service.
     FAILED_PRECONDITION  the version cannot be served (damaged files, wrong labels, a canary that fails ...); what was
     served before is served on.
+    UNAVAILABLE          models are still being loaded, the server is shutting down, or files are out of reach: try
+    again.
     """
 
     def __init__(self, channel):
@@ -67,6 +69,8 @@ class AdminServicer:
     NOT_FOUND            no such model or version, in the repository or in service.
     FAILED_PRECONDITION  the version cannot be served (damaged files, wrong labels, a canary that fails ...); what was
     served before is served on.
+    UNAVAILABLE          models are still being loaded, the server is shutting down, or files are out of reach: try
+    again.
     """
 
     def LoadModel(self, request, context):
@@ -136,6 +140,8 @@ class Admin:
     NOT_FOUND            no such model or version, in the repository or in service.
     FAILED_PRECONDITION  the version cannot be served (damaged files, wrong labels, a canary that fails ...); what was
     served before is served on.
+    UNAVAILABLE          models are still being loaded, the server is shutting down, or files are out of reach: try
+    again.
     """
 
     @staticmethod

@@ -36,6 +36,8 @@ class AdminStub:
       NOT_FOUND            no such model or version, in the repository or in service.
       FAILED_PRECONDITION  the version cannot be served (damaged files, wrong labels, a canary that fails ...); what was
                            served before is served on.
+      UNAVAILABLE          models are still being loaded, the server is shutting down, or files are out of reach: try
+                           again.
     """
 
     @_typing.overload
@@ -62,6 +64,8 @@ class AdminAsyncStub(AdminStub):
       NOT_FOUND            no such model or version, in the repository or in service.
       FAILED_PRECONDITION  the version cannot be served (damaged files, wrong labels, a canary that fails ...); what was
                            served before is served on.
+      UNAVAILABLE          models are still being loaded, the server is shutting down, or files are out of reach: try
+                           again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -84,6 +88,8 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
       NOT_FOUND            no such model or version, in the repository or in service.
       FAILED_PRECONDITION  the version cannot be served (damaged files, wrong labels, a canary that fails ...); what was
                            served before is served on.
+      UNAVAILABLE          models are still being loaded, the server is shutting down, or files are out of reach: try
+                           again.
     """
 
     @_abc_1.abstractmethod

@@ -11,6 +11,7 @@ import raw_http2
 import toys
 from convoy.v1 import image_classifier_pb2 as pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 
 @pytest.fixture
@@ -135,6 +136,18 @@ async def test_reflection_and_watch_do_not_wait_for_ever_either(strict):
         "/grpc.health.v1.Health/Check",
     ):
         assert (await ended(strict.silent_call(method)))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_stream_may_pause_between_its_messages(strict):
+    stub = reflection_pb2_grpc.ServerReflectionStub(strict.channel)
+    call = stub.ServerReflectionInfo()
+    for _ in range(2):
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        assert (await call.read()).HasField("list_services_response")
+        await asyncio.sleep(1)
+    await call.done_writing()
+
+    assert (await ended(call))[0] is grpc.StatusCode.OK
 
 
 async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_answered(stand_of_ten):
