@@ -113,7 +113,7 @@ def test_a_finished_run_resumes_to_its_best_weights(digit_data, tmp_path):
 def test_other_data_are_not_resumed(digit_data, tmp_path):
     trainer_of(digit_data, tmp_path, loop={"epochs": 1}).fit(Notes())
     other = trainer_of(digit_data, tmp_path, loop={"epochs": 1, "precision": "bfloat16"})
-    with pytest.raises(TrainingError, match="another precision"):
+    with pytest.raises(TrainingError, match="precision was float32, and is bfloat16"):
         other.resume()
 
 
