@@ -45,11 +45,11 @@ def test_classify_over_mutual_tls(pem):
         answered = convoy(*request, "--tls-ca", pem / "ca.pem", *own)
         assert answered.returncode == 0, answered.stderr
         assert json.loads(answered.stdout)["classes"][0]["index"] == 9
-        for flags in ((), ("--tls-ca", pem / "ca.pem")):
+        for flags, missing in (((), "--tls-ca"), (("--tls-ca", pem / "ca.pem"), "--tls-certificate")):
             refused = convoy(*request, *flags)
             assert refused.returncode == 4
             (line,) = refused.stderr.splitlines()
-            assert "--tls-ca" in line
+            assert missing in line
 
 
 def test_strangers_at_the_port_write_nothing_into_the_log(pem, monkeypatch):
@@ -83,7 +83,7 @@ def test_bench_over_mutual_tls(pem):
         assert (results["levels"][0]["sent"], results["levels"][0]["failures"]) == (20, {})
         refused = convoy(*load, "--tls-ca", pem / "ca.pem")
         assert refused.returncode == 4
-        assert "--tls-ca" in refused.stderr
+        assert "--tls-certificate" in refused.stderr
 
 
 def test_half_a_pair_is_a_usage_error(pem):
