@@ -157,6 +157,10 @@ class Weights(_Strict):
     licence: str = "unspecified"
 
 
+# What is told of a version beside its classes and files.
+_DESCRIBING = {"architecture", "metrics", "data", "recipe", "libraries", "weights", "rejected_variants"}
+
+
 class Manifest(_Strict):
     """`manifest.json`."""
 
@@ -208,6 +212,9 @@ class Manifest(_Strict):
                 raise ValueError(f"{path!r} is no path of a file")
             if path.startswith("/") or "\\" in path or ".." in path.split("/"):
                 raise ValueError(f"{path} points outside of the version's directory")
+        described = self.model_dump(include=_DESCRIBING)
+        if not _is_text(json.dumps(described, ensure_ascii=False, default=str)):
+            raise ValueError(f"one of {', '.join(sorted(_DESCRIBING))} has text that cannot be sent: half a character")
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ _MAX_CLASSES = 1 << 18
 # Up to so many classes a row is ranked without numpy; of more, so many places are found one by one.
 _FEW_CLASSES = 64
 _FEW_PLACES = 16
+
+_NOBODY = contextlib.nullcontext()
 
 T = TypeVar("T")
 
@@ -128,13 +131,18 @@ class Classifier:
         self._check(model, images, query)
         began = time.monotonic()
         nbytes = sum(map(len, images))
-        with model.in_use(), self._admission.admit(model.name, len(images), nbytes, deadline, query.priority) as place:
-            result = await self._work(model, images, query, deadline)
-            place.answered = result.answered
-        self._record(model, result, time.monotonic() - began)
-        if shadow is not None:
-            again = self._shadowed(shadow, images, deadline + (time.monotonic() - began))
-            self._shadow.copy(shadow.name, shadow.number, _best(result), nbytes, again)
+        # The shadow may be retired meanwhile; it is released when its last copy has been counted.
+        with shadow.in_use() if shadow is not None else _NOBODY:
+            with (
+                model.in_use(),
+                self._admission.admit(model.name, len(images), nbytes, deadline, query.priority) as place,
+            ):
+                result = await self._work(model, images, query, deadline)
+                place.answered = result.answered
+            self._record(model, result, time.monotonic() - began)
+            if shadow is not None:
+                again = self._shadowed(shadow, images, deadline + (time.monotonic() - began))
+                self._shadow.copy(shadow.name, shadow.number, _best(result), nbytes, again, shadow.in_use())
         return result
 
     def refusal(self, names: Iterable[str], deadline: float) -> ConvoyError | None:

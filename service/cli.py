@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from importlib import metadata
 from typing import Any, NoReturn
@@ -97,6 +98,10 @@ def main() -> NoReturn:
     """Entry point: runs a command, and turns what went wrong into one line and an exit code."""
     # gRPC would write a line of its own for each failed handshake, as of a port scan, among the lines of the log.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if sys.argv[1:2] == ["serve"]:
+        # As the first process of a container it would not get a signal that it does not handle; the server handles it
+        # once it is there.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(Exit.OK))
     try:
         # Outside standalone mode click returns what a command passed to Context.exit; otherwise commands return None.
         returned = cli.main(prog_name="convoy", standalone_mode=False)

@@ -17,6 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from service import png
 from service.artifact import InputSpec
 from service.geometry import Window
 from service.image_header import Header
@@ -40,7 +41,8 @@ _OPAQUE = 255
 _IHDR = b"\0\0\0\rIHDR"
 _PLAIN = {bytes((8, 0, 0, 0, 0)): "L", bytes((8, 2, 0, 0, 0)): "RGB"}
 _AFTER_IHDR = 33
-_DEPTH = 24
+_DEPTH, _INTERLACE = 24, 28
+_SMALL_BYTES = 4096  # unfold to 4 MiB at most
 _IEND = b"\0\0\0\0IEND"
 
 # Pillow warns, once for each place in the code, of an APNG whose animation is damaged; only the first frame counts.
@@ -95,7 +97,8 @@ def resized(image: Image.Image, window: Window, spec: InputSpec) -> Pixels:
 
 def _opened(data: bytes, header: Header, channels: int, scale: int) -> Image.Image:
     """The whole image, in mode L, RGB or RGBa."""
-    with _OPENERS[header.format](io.BytesIO(data)) as file:
+    content = png.picture(data) if header.format == "PNG" else data
+    with _OPENERS[header.format](io.BytesIO(content)) as file:
         if file.size != (header.width, header.height):
             raise ValueError("two readings of the header differ")
         if isinstance(file, JpegImageFile):
@@ -103,6 +106,8 @@ def _opened(data: bytes, header: Header, channels: int, scale: int) -> Image.Ima
             file.draft("L" if channels == 1 else None, (header.width // scale, header.height // scale))
         file.load()
         if header.format == "PNG":
+            if (data[_INTERLACE] or _ends_empty(file)) and not png.is_whole(data):
+                raise ValueError("its data ends early")
             _scale_key(file, data[_DEPTH])
         if isinstance(file, GifImageFile) and not file.has_transparency_data:
             return _convert(_on_canvas(file), channels)
@@ -123,11 +128,27 @@ def _plain_png(data: bytes, header: Header, channels: int) -> Image.Image | None
     stop = start + length
     if kind != b"IDAT" or data[stop + 4 : stop + 12] != _IEND:
         return None
+    packed = data[start:stop]
     try:
-        image = Image.frombytes(mode, (header.width, header.height), data[start:stop], "zip", mode, 0)
-    except ValueError:
+        image = Image.frombytes(mode, (header.width, header.height), packed, "zip", mode, 0)
+        if not _is_filled(image, packed):
+            return None
+    except (ValueError, zlib.error):
         return None
     return image if mode == "L" or channels != 1 else image.convert("L")
+
+
+def _is_filled(image: Image.Image, packed: bytes) -> bool:
+    """Whether the data of a plain PNG reaches to its end; Pillow leaves black what does not come."""
+    wanted = png.unfolded_bytes(*image.size, 8 * len(image.mode))
+    if len(packed) <= _SMALL_BYTES:  # a thumbnail is unfolded once more in less time than its last row is looked at
+        return len(zlib.decompress(packed, bufsize=wanted)) >= wanted
+    return not _ends_empty(image) or png.unfolds_to([packed], wanted)
+
+
+def _ends_empty(image: Image.Image) -> bool:
+    """Whether the last row is as it was before anything was decoded into it."""
+    return not any(image.crop((0, image.height - 1, *image.size)).tobytes())
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
@@ -137,10 +158,15 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     """
     if image.mode == "I;16":
         image = _upper_byte(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and not _is_empty_mask(image):
         return image.convert("RGBA").convert("RGBa")
     mode = "L" if channels == 1 or image.mode in {"1", "L"} else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def _is_empty_mask(image: Image.Image) -> bool:
+    """Whether a BMP has room for alpha that nobody filled, as pictures from clipboards have: nothing would be left."""
+    return image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None
 
 
 def _on_canvas(frame: GifImageFile) -> Image.Image:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service import artifact, faults, sessions, threads
 from service.artifact import ModelVersion
-from service.errors import DeviceLostError, OutOfMemoryError
+from service.errors import DeviceLostError, EngineError, OutOfMemoryError
 from service.providers import CPU, GPU_PROVIDERS, OPENVINO, Plan
 from service.runners import CudaRunner, HostRunner, Outputs, Runner
 from service.sessions import Loaded
@@ -180,6 +180,8 @@ class OrtEngine:
                 self._lost = str(meant)
                 GPU_LOST.set()
             raise meant from error
+        if not len(logits) == len(probabilities) == bucket:
+            raise EngineError(f"the graph gives {len(logits)} and {len(probabilities)} rows for {bucket} images")
         return Outputs(logits[:count], probabilities[:count])
 
     def _run_halves(self, count: int) -> Outputs:

@@ -57,8 +57,8 @@ _MEMORY_WORDS = (
     "bad allocation",
     "outofmemory",
 )
-# Of a file that is opened: no memory, no descriptor in the system or in this process.
-_SHORT = re.compile(r"system error number (?:12|23|24)\b|too many open files", re.IGNORECASE)
+# Of a file that is opened: no memory, no descriptor in the system or in this process; and of Python's own.
+_SHORT = re.compile(r"system error number (?:12|23|24)\b|too many open files|can't start new thread", re.IGNORECASE)
 _MESSAGE_CHARS = 400
 
 
@@ -81,7 +81,7 @@ def translate(error: Exception) -> EngineError:
 
 
 def is_shortage(error: Exception) -> bool:
-    """Whether an exception of loading says that memory or file descriptors are short, which may pass."""
+    """Whether an exception of loading says that memory, descriptors or threads are short, which may pass."""
     return _of_memory(error) or _SHORT.search(str(error)) is not None
 
 

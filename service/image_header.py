@@ -184,7 +184,7 @@ def _png_orientation(data: bytes) -> int:
         if kind == b"IEND":
             return orientation
         if kind == b"eXIf":
-            orientation = exif.orientation(data[position + 8 : position + 8 + length])
+            orientation = exif.orientation(data[position + 8 : position + 8 + length].removeprefix(b"Exif\0\0"))
         profiles += kind == b"iCCP"
         if profiles > 1:
             raise ValueError("more than one profile")

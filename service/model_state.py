@@ -103,8 +103,9 @@ class ModelState:
 
     def needed(self, present: list[int]) -> list[int]:
         """Versions that have to be in service: the routing's, changed by what was done by hand."""
-        wanted = {number for number in present if self.by_hand.get(number, False)}
-        refused = {number for number, loaded in self.by_hand.items() if not loaded}
+        by_hand = dict(self.by_hand)  # metrics are read in a thread of their own
+        wanted = {number for number in present if by_hand.get(number, False)}
+        refused = {number for number, loaded in by_hand.items() if not loaded}
         return sorted({*self.routing.needed(present), *wanted} - refused)
 
     def superseded(self, present: list[int]) -> list[int]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from service import logs
+from service import faults, logs
 from service.errors import (
     ArtifactError,
     CanaryError,
@@ -290,6 +290,8 @@ class Repository:
                 self._admit(model, *each)
             self._retire_others(name, present)
             self._touched.add(name)
+            split = {"traffic": dict(routing.traffic)} if routing.traffic else {}
+            _log.info("model routed", model=name, versions=routing.versions, shadow=routing.shadow, **split)
 
     async def check_canaries(self) -> None:
         """Runs every served version's canary once; a failure is logged and shows in the metrics.
@@ -332,8 +334,13 @@ class Repository:
         """
         task = asyncio.create_task(change)
         self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
+        task.add_done_callback(self._ended)
         await asyncio.shield(task)
+
+    def _ended(self, change: asyncio.Task[None]) -> None:
+        self._changes.discard(change)
+        if not change.cancelled():
+            change.exception()  # has been logged; if the caller has hung up nobody else asks for it
 
     def _find(self, name: str) -> ModelState:
         if not name and self._complete:
@@ -461,27 +468,21 @@ class Repository:
         """A version that is ready to serve, and its canary's largest difference; a failure is counted and kept."""
         model = self._model(name)
         model.seen[number] = fingerprint
+        path: Path | None = None
         try:
             with _told_while_it_lasts(name, number):
                 path = await asyncio.to_thread(self._source.fetch, name, number)
                 gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
                 served, difference = await asyncio.to_thread(self._load, path, gently)
-            await _check_name(served, name, path)
-        except ConvoyError as error:
-            failure = error
-        except OSError as error:
-            failure = OutOfReachError(f"{name} version {number} cannot be read: {error}")
-        except MemoryError:
-            failure = OutOfMemoryError(f"there is not enough memory to load {name} version {number}")
-        except Exception as error:  # noqa: BLE001  # one version must not end the round for all, whatever is in its files
-            _log.exception("a version cannot be loaded for no known reason", model=name, version=number)
-            failure = ArtifactError(f"{name} version {number} cannot be loaded: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-        else:
-            model.note_success(number)
-            return served, difference
-        self._note_failure(name, number, failure)
-        raise failure
+            await _begin(served, name, path)
+        except Exception as error:  # whatever is in a version's files must not end the round for all
+            failure = _meant(error, f"{name} version {number}", path)
+            self._note_failure(name, number, failure)
+            if failure is error:
+                raise
+            raise failure from error
+        model.note_success(number)
+        return served, difference
 
     def _note_failure(self, name: str, number: int, failure: ConvoyError) -> None:
         self._models[name].note_failure(number, failure, self._clock())
@@ -490,7 +491,6 @@ class Repository:
 
     def _admit(self, model: ModelState, served: ServedModel, difference: float) -> None:
         """From the next request on this version is in service."""
-        served.batcher.start()
         if served.number in model.served:
             self._retire(served.name, served.number)
         model.served[served.number] = served
@@ -549,10 +549,36 @@ def _told_while_it_lasts(name: str, number: int) -> Iterator[None]:
         telling.cancel()
 
 
-async def _check_name(served: ServedModel, name: str, path: Path) -> None:
-    if served.name != name:
+async def _begin(served: ServedModel, name: str, path: Path) -> None:
+    """Starts its threads; from now on it could answer."""
+    try:
+        _check_name(served, name, path)
+        served.batcher.start()
+    except BaseException:
         await served.release(0)
+        raise
+
+
+def _check_name(served: ServedModel, name: str, path: Path) -> None:
+    if served.name != name:
         raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
+
+
+def _meant(error: Exception, version: str, path: Path | None) -> ConvoyError:
+    """What it means that a version cannot be loaded: `path` is its directory, if it has been fetched."""
+    if isinstance(error, ArtifactError) and path is not None and not path.is_dir():
+        # Another process may share the cache: what it removes is fetched again.
+        return OutOfReachError(f"{path} has been removed meanwhile: {error}")
+    if isinstance(error, ConvoyError):
+        return error
+    if isinstance(error, OSError):
+        return OutOfReachError(f"{version} cannot be read: {error}")
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(f"there is not enough memory to load {version}")
+    if faults.is_shortage(error):
+        return OutOfReachError(f"{version} cannot be loaded now: {error}")
+    _log.error("a version cannot be loaded for no known reason", version=version, exc_info=error)
+    return ArtifactError(f"{version} cannot be loaded: {type(error).__name__}: {error}")
 
 
 def _nobody_answers(name: str, routing: Routing, numbers: list[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from service.errors import ConvoyError
@@ -15,6 +16,8 @@ from service.metrics import Metrics
 _MAX_COPIES = 16
 _MAX_IMAGES = 256
 _MAX_BYTES = 64 << 20
+
+_NOBODY = nullcontext()
 
 
 class Shadow:
@@ -37,6 +40,7 @@ class Shadow:
         answered: Sequence[int | None],
         nbytes: int,
         work: Coroutine[Any, Any, Sequence[int | None]],
+        in_use: AbstractContextManager[object] = _NOBODY,
     ) -> None:
         """Lets the shadow version classify the same images and compares.
 
@@ -46,11 +50,14 @@ class Shadow:
             answered: best class of each image as it was answered; None for an image that could not be used.
             nbytes: of the encoded images.
             work: gives the same for the shadow version.
+            in_use: entered as long as the copy lasts.
         """
         if self._is_full(len(answered), nbytes):
             work.close()
             self._count(model, version, "skipped", len(answered))
             return
+        stack = ExitStack()
+        stack.enter_context(in_use)
         task = asyncio.create_task(self._run(model, version, answered, work))
         self._tasks.add(task)
         self._images += len(answered)
@@ -61,6 +68,7 @@ class Shadow:
             self._images -= len(answered)
             self._bytes -= nbytes
             work.close()  # cancelled before its first step, the task never gets to it
+            stack.close()
 
         task.add_done_callback(ended)
 

@@ -6,6 +6,7 @@ training publishes atomically, and a copy that is under way fails its hashes and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -191,7 +192,20 @@ class RemoteSource:
             raise OutOfReachError(f"{self._url}/{name}/{number} cannot be listed: {error}") from error
 
     def tidy(self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]) -> None:
-        """Removes what the mirror holds of them."""
+        """Removes what the mirror holds of them.
+
+        What is present is looked up once more while no process can put a copy there: another one may have fetched a
+        version that was published after `present` was listed.
+        """
+        if not list(self._superfluous(present, served)):
+            return
+        with contextlib.suppress(ConfigurationError), mirror.replacing(self._mirror):
+            for copy in list(self._superfluous(self.models(), served)):
+                shutil.rmtree(copy, ignore_errors=True)
+
+    def _superfluous(
+        self, present: Mapping[str, Collection[int]], served: Collection[tuple[str, int]]
+    ) -> Iterator[Path]:
         for copy in self._mirror.glob("*/*"):
             name, number = copy.parent.name, copy.name
             if (
@@ -199,7 +213,7 @@ class RemoteSource:
                 and int(number) not in present.get(name, ())
                 and (name, int(number)) not in served
             ):
-                shutil.rmtree(copy, ignore_errors=True)
+                yield copy
 
     def _complete(self, model: str) -> list[int]:
         """Numbers of a model's versions that have a manifest, ascending."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -75,6 +76,9 @@ def _told(action: str, model: str, context: Context, **what: Any) -> Iterator[No
     said = _log.bind(action=action, model=model, peer=context.peer(), **{k: v for k, v in what.items() if v})
     try:
         yield
+    except asyncio.CancelledError:
+        said.warning("admin call was given up by its caller, what has begun is carried through")
+        raise
     except ConvoyError as error:
         said.warning("admin call refused", error=str(error))
         raise

@@ -33,14 +33,14 @@ Gate = Callable[[Context], ConvoyError | None]
 
 
 class Arrivals:
-    """When calls arrive, and whether they are still taken. Health is neither counted nor refused."""
+    """When calls arrive and end, and whether they are still taken. Health is neither counted nor refused."""
 
     def __init__(self) -> None:
         self._refusing = False
         self._one_more = asyncio.Event()
 
     def came(self) -> None:
-        """One more call; its message may still be on its way."""
+        """One more call, whose message may still be on its way; or one has ended, and its client may send the next."""
         self._one_more.set()
 
     def admit(self) -> None:
@@ -57,7 +57,7 @@ class Arrivals:
         self._refusing = True
 
     async def quiet(self, window_s: float, timeout_s: float) -> bool:
-        """Waits until no call has arrived for `window_s` seconds; False if that takes more than `timeout_s`."""
+        """Waits until no call has come or ended for `window_s` seconds; False if that takes more than `timeout_s`."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             self._one_more.clear()
@@ -202,6 +202,8 @@ class _Watched:
             await context.abort(code, status.message_of(error, request_id), trailers)
         finally:
             self._record(code, time.monotonic() - began)
+            if self._arrivals:
+                self._arrivals.came()
 
     def _record(self, code: grpc.StatusCode, elapsed_s: float) -> None:
         self._seconds.observe(elapsed_s)

@@ -32,8 +32,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 
-# The port is closed when no call has arrived for so long; that is waited for at most so long, twice.
-_QUIET_S = 0.05
+# The port is closed when no call has come or ended for so long, in which a client on a busy machine gets an answer and
+# sends the next call; that is waited for at most so long, twice.
+_QUIET_S = 0.25
 _PATIENCE_S = 1.0
 
 # Calls that wait for the event loop to take them; each is some kilobytes.
@@ -126,9 +127,10 @@ class Listener:
         began = time.monotonic()
         patience_s = min(_PATIENCE_S, grace_s / 4)
         arrivals = self._around.arrivals
-        if grace_s and not await arrivals.quiet(_QUIET_S, patience_s):
+        quiet_s = min(_QUIET_S, patience_s)
+        if grace_s and not await arrivals.quiet(quiet_s, patience_s):
             arrivals.refuse()
-            await arrivals.quiet(_QUIET_S, patience_s)
+            await arrivals.quiet(quiet_s, patience_s)
         self._inbox.close()
         stopping = asyncio.create_task(self._server.stop(max(0.0, began + grace_s - time.monotonic())))
         while not stopping.done():

@@ -112,6 +112,22 @@ def test_a_file_outside_of_the_version_is_refused(version, path):
         artifact.load(version)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "half of \ud83d"},
+        {"metrics": {"top-1 \ud83d": 1.0}},
+        {"data": {"source": {"a": ["\ud83d"]}}},
+        {"weights": {"source": "\ud83d"}},
+    ],
+)
+def test_a_text_that_no_answer_can_hold_is_refused(version, changes):
+    rewrite(version, **changes)
+
+    with pytest.raises(ArtifactError, match="text that cannot be sent"):
+        artifact.load(version)
+
+
 def test_a_class_that_no_answer_can_hold_is_refused(version):
     raw = json.loads((version / artifact.MANIFEST).read_text())
     rewrite(version, classes=["half of \ud83d", *raw["classes"][1:]])

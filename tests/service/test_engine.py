@@ -218,6 +218,18 @@ def test_halves_that_do_not_fit_either_are_given_up():
     assert runner.ran == [8, 4]
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_answers_of_another_number_than_images_are_a_failure(missing):
+    class Short(Runner):
+        def run(self, bucket):
+            rows = [*super().run(bucket)]
+            rows[missing] = rows[missing][:-1]
+            return tuple(rows)
+
+    with pytest.raises(EngineError, match="rows for 4 images"):
+        toy(Short(4, lambda bucket: None)).infer([pixels(levels(3))])
+
+
 def test_a_single_image_is_not_split():
     runner = Runner(8, lambda bucket: RuntimeError(OUT_OF_MEMORY))
     with pytest.raises(OutOfMemoryError):

@@ -723,3 +723,33 @@ def test_a_small_file_that_claims_a_large_picture_is_refused_at_once():
     with pytest.raises(InvalidImageError, match="cannot hold so many pixels") as caught:
         preprocess(lying, InputSpec(height=4, width=4, channels=1, resize=Resize(mode="stretch")))
     assert caught.value.reason is ImageFault.CORRUPT
+
+
+def bitmap(alpha):
+    """A BMP of 4x4 pixels with a mask for alpha (BITMAPV4HEADER), all of one colour."""
+    masks = struct.pack("<4I", 0x00FF0000, 0x0000FF00, 0x000000FF, 0xFF000000)
+    fields = struct.pack("<IiiHHIIiiII", 108, 4, 4, 1, 32, 3, 64, 2835, 2835, 0, 0)
+    head = struct.pack("<2sIHHI", b"BM", 14 + 108 + 64, 0, 0, 14 + 108)
+    return head + fields + masks + bytes(52) + bytes([30, 20, 10, alpha]) * 16
+
+
+@pytest.mark.parametrize(("alpha", "colour"), [(0, (10, 20, 30)), (255, (10, 20, 30))])
+def test_alpha_that_nobody_filled_hides_nothing(alpha, colour):
+    spec = InputSpec(height=4, width=4, resize=Resize(mode="stretch"))
+
+    assert preprocess(bitmap(alpha), spec)[0, 0].tolist() == list(colour)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_exif_of_a_png_may_begin_as_that_of_a_jpeg(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = exif.tobytes()
+    assert content.startswith(b"Exif\0\0")
+    plain = encode(quadrants(COLOURS), "PNG")
+    chunk = struct.pack(">I", len(content)) + b"eXIf" + content
+    chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(quadrants(COLOURS), "PNG", exif=exif))))
+
+    found = preprocess(plain[:33] + chunk + plain[33:], QUADRANTS)
+    np.testing.assert_allclose(found, preprocess(encode(np.asarray(turned), "PNG"), QUADRANTS), atol=2)

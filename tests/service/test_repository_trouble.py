@@ -1,6 +1,7 @@
 """What the repository makes of versions and places that cannot be read, now or for good."""
 
 import asyncio
+import gc
 import itertools
 import os
 import shutil
@@ -15,6 +16,7 @@ from repositories import Clock, damage, filled, opened, served, waiting_for_thei
 
 from service import artifact
 from service import repository as repository_module
+from service.batcher import Batcher
 from service.errors import ConfigurationError, OutOfReachError
 from service.routing import Routing
 from service.sources import LocalSource
@@ -191,6 +193,71 @@ async def test_a_load_that_lasts_is_told_again_and_again_until_it_ends(root, mon
             await asyncio.sleep(0.1)
             assert told() == [10] * count
             assert count > 1
+
+
+@pytest.mark.parametrize("place", ["load", "start"])
+async def test_a_shortage_of_threads_passes(root, monkeypatch, place):
+    clock, short = Clock(), threading.Event()
+
+    def out_of_threads(*_):
+        if short.is_set():
+            raise RuntimeError("can't start new thread")
+
+    start = Batcher.start
+    if place == "start":
+        monkeypatch.setattr(Batcher, "start", lambda batcher: (out_of_threads(), start(batcher)))
+    async with opened(root, out_of_threads if place == "load" else lambda _: None, clock=clock) as repository:
+        await repository.load_all()
+        toys.write_version(root, "grey", 11)
+        short.set()
+        await repository.poll()
+        assert [number for _, number, _ in repository.failures()] == [11]
+        assert served(repository) == [("grey", 10), ("other", 1)]
+        short.clear()
+        clock.now += 1
+        await repository.poll()
+
+        assert served(repository) == [("grey", 11), ("other", 1)]
+
+
+async def test_a_copy_that_vanished_while_it_was_loaded_is_tried_again(root):
+    clock, vanishing = Clock(), threading.Event()
+
+    def before_load(_):
+        if vanishing.is_set():
+            vanishing.clear()
+            (root / "grey" / "11").rename(root / "grey" / "aside")
+
+    async with opened(root, before_load, clock=clock) as repository:
+        await repository.load_all()
+        toys.write_version(root, "grey", 11)
+        vanishing.set()
+        await repository.poll()
+        assert served(repository) == [("grey", 10), ("other", 1)]
+        (root / "grey" / "aside").rename(root / "grey" / "11")
+        clock.now += 1
+        await repository.poll()
+
+        assert served(repository) == [("grey", 11), ("other", 1)]
+
+
+async def test_a_failure_that_nobody_waits_for_is_no_complaint_of_the_event_loop(root):
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+    held = threading.Event()
+    async with opened(root, lambda _: held.wait(30), names=("grey",)) as repository:
+        damage(root / "grey" / "10")
+        loading = asyncio.create_task(repository.load("grey"))
+        await waiting_for_their_turn()
+        loading.cancel()
+        held.set()
+        await asyncio.gather(loading, return_exceptions=True)
+        while not list(repository.failures()):
+            await waiting_for_their_turn()
+    gc.collect()
+    await asyncio.sleep(0)
+
+    assert complaints == []
 
 
 async def test_a_load_that_never_ends_holds_up_no_unload_of_another_model(root):

@@ -95,3 +95,26 @@ async def test_a_copy_that_never_began_ends_without_a_warning(metrics):
 
     assert [str(each.message) for each in caught] == []
     assert counted(metrics) == {}
+
+
+async def test_a_version_is_in_use_as_long_as_its_copy_lasts(metrics):
+    shadow, go, uses = Shadow(metrics), asyncio.Event(), []
+
+    class Use:
+        def __enter__(self):
+            uses.append(True)
+
+        def __exit__(self, *_):
+            uses.append(False)
+
+    async def held():
+        await go.wait()
+        return [1]
+
+    shadow.copy("grey", 2, [1], 10, held(), Use())
+    await asyncio.sleep(0)
+    assert uses == [True]
+    go.set()
+    await settle(metrics, {"agree": 1, "disagree": 0})
+    assert uses == [True, False]
+    await shadow.close()

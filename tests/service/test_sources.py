@@ -289,9 +289,21 @@ def test_copies_of_what_is_neither_present_nor_served_go(source, bucket):
     for number in (2, 3):
         toys.write_version(bucket, "grey", number)
     one, two, three = (source.fetch("grey", number) for number in (1, 2, 3))
+    for number in (1, 2):
+        shutil.rmtree(bucket / "grey" / str(number))
     source.tidy({"grey": [3]}, {("grey", 2)})
 
     assert [path.exists() for path in (one, two, three)] == [False, True, True]
+
+
+def test_a_copy_of_what_was_published_since_the_look_stays(source, bucket):
+    """Another server with the same cache has fetched it; this one has been loading for minutes since it looked."""
+    looked = source.models()
+    toys.write_version(bucket, "grey", 2)
+    fetched = source.fetch("grey", 2)
+    source.tidy(looked, ())
+
+    assert fetched.exists()
 
 
 def test_places_of_like_names_have_mirrors_of_their_own(tmp_path):
