@@ -241,7 +241,13 @@ class RemoteSource:
         except (FileNotFoundError, NotADirectoryError):
             return []
         # Some stores list the marker of a folder within it.
-        return [entry for entry in entries if entry["name"].strip("/") != folder.strip("/")]
+        return [self._followed(entry) for entry in entries if entry["name"].strip("/") != folder.strip("/")]
+
+    def _followed(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A symbolic link as what it leads to."""
+        if entry["type"] in {"file", "directory"}:
+            return entry
+        return {**entry, "type": "directory" if self._filesystem.isdir(entry["name"]) else "file"}
 
     def _download(self, source: str, staging: Path, manifest: bytes) -> None:
         (staging / artifact.MANIFEST).write_bytes(manifest)

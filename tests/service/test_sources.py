@@ -278,6 +278,27 @@ def test_a_version_that_is_gone_has_no_fingerprint(source):
     assert source.fingerprint("grey", 7) == ()
 
 
+def test_symbolic_links_are_followed(source, bucket, tmp_path_factory):
+    """As in volumes of Kubernetes, and where a repository is put together of links."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    version = toys.write_version(elsewhere, "grey", 2)
+    (bucket / "grey" / "2").symlink_to(version)
+    toys.write_version(bucket, "grey", 3)
+    manifest = bucket / "grey" / "3" / artifact.MANIFEST
+    manifest.rename(elsewhere / "manifest.json")
+    manifest.symlink_to(elsewhere / "manifest.json")
+    toys.write_version(elsewhere, "other", 1)
+    (bucket / "other").symlink_to(elsewhere / "other")
+    (bucket / "broken").symlink_to(elsewhere / "nowhere")
+
+    assert source.models() == {"grey": [1, 2, 3], "other": [1]}
+    before = source.fingerprint("grey", 2)
+    assert before
+    (version / "model.onnx").write_bytes(b"changed")
+    assert source.fingerprint("grey", 2) != before
+    assert source.fetch("grey", 3).is_dir()
+
+
 def test_what_is_hidden_or_written_otherwise_is_no_version(source, bucket):
     for other in ("grey/04", "grey/0", "grey/x", ".trash/3"):
         shutil.copytree(bucket / "grey" / "1", bucket / other)
