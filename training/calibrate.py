@@ -98,8 +98,9 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
 
     A validation set without a single error would ask for T = 0, that is for certainty. As in Platt scaling the targets
     can give way by one pseudo-image spread over all classes; but that alone asks for T = 1.6 of a digit classifier
-    without errors among 180 images, whose own confidence is nearer to the truth (`docs/benchmarks.md`). Of what lies
-    between the two, which one image decides, the value next to 1 is taken.
+    without errors among 180 images, whose own confidence is nearer to the truth (`docs/benchmarks.md`). On the other
+    side one more image counts as right: a few that happen to be wrong would ask for T = 20. Of what lies between the
+    two, which one image decides, the value next to 1 is taken.
 
     Args:
         logits: float32[N, K], before any temperature.
@@ -116,8 +117,9 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
     centred = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     if not centred.any():
         return 1.0
-    coldest = _temperature(centred, _target_logit(centred, labels, doubt=0.0))
-    warmest = _temperature(centred, _target_logit(centred, labels, doubt=1 / (len(labels) + 1)))
+    share = 1 / (len(labels) + 1)  # of one more image, which is right for sure, or of no class
+    coldest = _temperature(centred, (1 - share) * _target_logit(centred, labels, doubt=0.0))
+    warmest = _temperature(centred, _target_logit(centred, labels, doubt=share))
     found = min(max(1.0, coldest), warmest)
     # Certainty without end is asked for by a few images that happen to be right, such as those of one class alone.
     return found if found > MIN_TEMPERATURE * (1 + _AT_BOUND) else 1.0

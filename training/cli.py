@@ -6,6 +6,7 @@ Imported by `convoy --help`, with or without the `training` extra: everything he
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def train(
     display.say(f"\nWrote {result.version}")
     display.say(f"Logs and checkpoints: {result.folder}; model card: {result.version / 'card.html'}")
     display.say("Next:")
-    display.say(f"  convoy serve --repository {repository}")
+    display.say(f"  convoy serve --repository {shlex.quote(str(repository))}")
     display.say(f"  convoy classify IMAGE --server localhost:8500 --model {experiment.name}")
 
 

@@ -113,14 +113,14 @@ class AugmentConfig(Section):
 class OptimiserConfig(Section):
     """How weights follow gradients.
 
-    `learning_rate`: the peak of the schedule; None takes a proven one (`training.optimise`). `weight_decay` spares
-    biases and normalisation layers. `momentum` is that of Nesterov SGD, and the first beta of Adam and AdamW.
-    `clip_norm`: largest norm of the whole gradient; None does not clip.
+    `learning_rate`: the peak of the schedule; None takes a proven one (`training.optimise`), and so for `weight_decay`,
+    which spares biases and normalisation layers. `momentum` is that of Nesterov SGD, and the first beta of Adam and
+    AdamW. `clip_norm`: largest norm of the whole gradient; None does not clip.
     """
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     learning_rate: Positive | None = None
-    weight_decay: NotNegative = 0.01
+    weight_decay: NotNegative | None = None
     momentum: Fraction = 0.9
     clip_norm: Positive | None = None
 
@@ -177,7 +177,8 @@ class TransferConfig(Section):
     everything; `lp-ft` the head first, then everything (Kumar et al., arXiv:2202.10054); `gradual` unfreezes stage
     after stage from the head down (Howard and Ruder, arXiv:1801.06146). `probe`: fraction of the epochs for the head
     alone. `spread`: the first stage learns so many times slower than the head. `freeze_norm`: BatchNorm keeps the
-    statistics it came with. `licence`: of the weights; goes into the manifest.
+    statistics it came with. `licence`: of the weights; goes into the manifest, and need not be
+    given of those that torchvision publishes.
     """
 
     weights: Path | None = None

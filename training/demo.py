@@ -7,6 +7,7 @@ ordinary gRPC client. Nothing in it is special to the demo but the drawing.
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def demo(folder: Path, console: Console, *, train_only: bool) -> None:
     display.say(f"exported and checked against PyTorch: {result.version}")
     if train_only:
         return
-    _title(console, 3, f"convoy serve --repository {folder / 'models'}")
+    _title(console, 3, f"convoy serve --repository {shlex.quote(str(folder / 'models'))}")
     with serving(folder / "models") as address:
         display.say(f"serving {NAME} on {address}")
         _title(console, 4, f"the {len(result.holdout)} held-out digits, over gRPC")
@@ -194,7 +195,7 @@ def _farewell(display: Display, folder: Path, result: Result) -> None:
         f"""
 Next:
   make serve                                                   keep this model served on localhost:8500
-  .venv/bin/convoy classify {result.holdout[0].parent} --model {NAME}
+  .venv/bin/convoy classify {shlex.quote(str(result.holdout[0].parent))} --model {NAME}
   .venv/bin/convoy inspect {result.version}
   open {result.version / "card.html"} in a browser: the model card
   .venv/bin/convoy train YOUR_PHOTOS --repository {folder / "models"}      one folder of images for each class"""

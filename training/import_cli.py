@@ -6,6 +6,7 @@ Imported by `convoy --help`, with or without the `training` extra: everything he
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -105,5 +106,5 @@ def import_model(
     click.echo(f"Wrote {version}")
     click.echo(f"Model card: {version / 'card.html'}")
     click.echo("Next:")
-    click.echo(f"  convoy serve --repository {repository}")
+    click.echo(f"  convoy serve --repository {shlex.quote(str(repository))}")
     click.echo(f"  convoy classify IMAGE --server localhost:8500 --model {request.name}")

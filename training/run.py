@@ -32,7 +32,7 @@ from training.listing import TEST, VALIDATION
 from training.loop import StoppedError, Trainer
 from training.memory import kept_memory
 from training.models import Architecture, describe
-from training.optimise import peak_rate
+from training.optimise import peak_rate, proven_decay
 from training.phases import Phase
 from training.prepare import parts_given, prepare
 from training.prepared import Part, Prepared
@@ -239,17 +239,20 @@ def examine(
 def _recipe(experiment: Experiment, trainer: Trainer) -> dict[str, Any]:
     """The settings, with what was chosen where they leave a choice."""
     tree = {**experiment.model_dump(mode="json"), "precision": trainer.precision}
-    return {**tree, "optimiser": {**tree["optimiser"], "learning_rate": peak_rate(experiment)}}
+    chosen = {"learning_rate": peak_rate(experiment), "weight_decay": proven_decay(experiment.optimiser)}
+    return {**tree, "optimiser": {**tree["optimiser"], **chosen}}
 
 
 def without_skill(evaluation: Evaluation, classes: Sequence[str]) -> str:
     """Says so if the model is right no more often than a constant answer would be; else empty."""
     counts = np.bincount(evaluation.labels, minlength=len(classes))
-    most = int(counts.argmax())
-    if evaluation.accuracy * len(evaluation.labels) > counts[most] + 0.5:
+    most, right = int(counts.argmax()), evaluation.accuracy * len(evaluation.labels)
+    if right > counts[most] + 0.5:
         return ""
+    share = counts[most] / len(evaluation.labels)
+    how = f"more often ({share:.1%} against {evaluation.accuracy:.1%})" if counts[most] > right + 0.5 else "as often"
     return (
-        f"Always to answer {classes[most]!r} would be right as often: the model has learnt nothing that helps. Did the "
+        f"Always to answer {classes[most]!r} would be right {how}: the model has learnt nothing that helps. Did the "
         "loss fall? Try another learning rate (--find-lr), more epochs or more images."
     )
 
@@ -270,8 +273,8 @@ def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, di
             journal.close()
     if trainer.progress.epoch < trainer.epochs:
         display.say(
-            f"Stopped early after epoch {trainer.progress.epoch} of {trainer.epochs}: none of the last "
-            f"{experiment.loop.patience} was better than epoch {trainer.progress.best_epoch}"
+            f"Stopped early after epoch {trainer.progress.epoch} of {trainer.epochs}: none has been better since epoch "
+            f"{trainer.progress.best_epoch} (--patience {experiment.loop.patience})"
         )
 
 

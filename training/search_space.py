@@ -8,7 +8,7 @@ from typing import Any, get_args
 from service.errors import ConfigurationError
 from training.config import Experiment, load_experiment
 from training.models import create, describe
-from training.optimise import peak_rate
+from training.optimise import peak_rate, proven_decay
 from training.tune_config import Choices, Range, Value
 
 STRENGTH = "augment_strength"
@@ -28,6 +28,7 @@ _STRENGTHS = {
 _LEAST_CROP_AREA = 0.05
 
 _OPTION = "model.options."
+_INPUT = "input."
 _HEAVY_DROPOUT = 0.5
 
 
@@ -39,14 +40,14 @@ def default_space(experiment: Experiment) -> dict[str, Range | Choices]:
     own, batch = experiment.optimiser, experiment.loop.batch_size
     unset = experiment.model_copy(update={"optimiser": own.model_copy(update={"learning_rate": None})})
     proven, rate = peak_rate(unset), peak_rate(experiment)
-    decay = 0.01 if own.name == "sgd" else 0.3
+    own_decay, most = proven_decay(own), 0.3 if own.name == "adamw" else 0.01
     found: dict[str, Range | Choices] = {
         "optimiser.learning_rate": Range(low=min(proven / 20, rate), high=max(proven * 5, rate), log=True),
         "loop.batch_size": Choices(choices=tuple(sorted({max(2, batch // 2), batch, 2 * batch}))),
     }
-    if own.weight_decay > 0:
-        least, most = min(decay / 1000, own.weight_decay), max(decay, own.weight_decay)
-        found["optimiser.weight_decay"] = Range(low=least, high=most, log=True)
+    if own_decay > 0:
+        decay = Range(low=min(most / 1000, own_decay), high=max(most, own_decay), log=True)
+        found["optimiser.weight_decay"] = decay
     found |= _option_space(experiment)
     if any(getattr(experiment.augment, name) for name in _STRENGTHS) or experiment.augment.crop_area < 1:
         found[STRENGTH] = Range(low=0, high=2)
@@ -142,12 +143,31 @@ def _own_value(experiment: Experiment, key: str) -> Any:
         return 1.0
     if key == "optimiser.learning_rate":
         return peak_rate(experiment)
+    if key == "optimiser.weight_decay":
+        return proven_decay(experiment.optimiser)
+    if key.startswith(_INPUT):
+        return _own_input(experiment, key.removeprefix(_INPUT))
     if key.startswith(_OPTION):
         name = key.removeprefix(_OPTION)
         defaults = {option.name: option.default for option in describe(experiment.model.name).options}
         return experiment.model.options.get(name, defaults.get(name))
     section, _, name = key.partition(".")
     return getattr(getattr(experiment, section), name)
+
+
+def _own_input(experiment: Experiment, name: str) -> Any:
+    """What is not set is the architecture's own."""
+    config = experiment.input
+    own = describe(experiment.model.name).input_for(experiment.model.options)
+    size = config.size or own.height
+    unset = {
+        "size": size,
+        "train_size": size,
+        "resize": own.resize.mode,
+        "shorter_side": own.resize.shorter_side and round(own.resize.shorter_side * size / own.height),
+    }
+    value = getattr(config, name)
+    return unset.get(name) if value is None else value
 
 
 def settled(experiment: Experiment, values: Mapping[str, Value]) -> Experiment:

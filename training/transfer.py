@@ -15,7 +15,11 @@ from service.artifact import Weights
 from service.errors import ConfigurationError
 from training.config import Experiment, TransferConfig
 from training.models import Architecture, Classifier, LoadReport, load_weights, within
+from training.models.registry import published
 from training.phases import Phase
+
+# Of a file that torchvision publishes, with its hash in its name.
+_UNSPECIFIED, _TORCHVISION_LICENCE = "unspecified", "BSD-3-Clause (torchvision)"
 
 _FINE_TUNE_PEAK = 0.5
 
@@ -74,7 +78,10 @@ def provenance(config: TransferConfig, report: LoadReport | None) -> Weights:
     """What the manifest says about where the weights come from."""
     if report is None:
         return Weights()
-    return Weights(source=f"{config.strategy} from {report.path.name}, SHA-256 {report.sha256}", licence=config.licence)
+    licence = config.licence
+    if licence == _UNSPECIFIED and report.verified and published(report.path.name):
+        licence = _TORCHVISION_LICENCE
+    return Weights(source=f"{config.strategy} from {report.path.name}, SHA-256 {report.sha256}", licence=licence)
 
 
 def plan(experiment: Experiment, entry: Architecture) -> tuple[Phase, ...]:

@@ -190,7 +190,9 @@ class _Judge:
         if lost_points > self.budget_points + _ROUNDING:
             raise _TooInaccurate(lost_points, self._inaccurate(lost_points, accuracy))
         agreement = np.mean(outputs.logits.argmax(axis=1) == self.baseline.outputs.logits.argmax(axis=1))
-        notes = [speed_note, f"same top class as fp32 on {agreement:.2%} of {len(outputs.logits)} images", remark]
+        images = len(outputs.logits)
+        few = f"so few cannot show a loss below {100 / images:.1f} points" if 100 / images > self.budget_points else ""
+        notes = [speed_note, f"same top class as fp32 on {agreement:.2%} of {images} images", few, remark]
         variant = Variant(
             name=self.name,
             file=f"model.{self.name}.onnx",

@@ -149,3 +149,12 @@ def test_both_figures_before_and_after_the_temperature():
         "negative_log_likelihood": found.likelihood_after,
         "negative_log_likelihood_uncalibrated": found.likelihood_before,
     }
+
+
+@pytest.mark.parametrize("right", range(3, 9))
+def test_a_handful_of_images_asks_for_no_extreme_temperature(right):
+    """Of eight images at a confidence of 0.58, whatever their number that happens to be right."""
+    logits = np.tile(np.array([[1.0, 0.0, 0.0]], np.float32), (8, 1))
+    labels = np.array([0] * right + [1] * (8 - right))
+
+    assert 0.3 < calibrate.fit_temperature(logits, labels) < 3

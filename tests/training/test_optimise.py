@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from training.config import Experiment, OptimiserConfig
-from training.optimise import Average, build_optimiser, peak_rate
+from training.optimise import Average, build_optimiser, peak_rate, proven_decay
 from training.phases import Phase
 
 
@@ -62,3 +62,11 @@ def test_a_given_rate_is_taken_and_others_are_proven():
     assert peak(model={"name": "resnet18"}) == 1e-3
     assert peak(optimiser={"name": "sgd"}) == 0.05
     assert peak(transfer={"weights": "x.pth"}) == 2e-3
+
+
+@pytest.mark.parametrize(("name", "decay"), [("adamw", 0.01), ("adam", 5e-4), ("sgd", 5e-4)])
+def test_decay_in_the_gradient_is_weaker_than_apart_from_it(name, decay):
+    assert proven_decay(OptimiserConfig(name=name)) == decay
+    assert proven_decay(OptimiserConfig(name=name, weight_decay=0.02)) == 0.02
+    optimiser = build_optimiser(Phase("all", 1).groups(nn.Linear(2, 2)), OptimiserConfig(name=name))
+    assert {group["weight_decay"] for group in optimiser.param_groups} == {0.0, decay}

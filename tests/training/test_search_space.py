@@ -3,8 +3,9 @@ import yaml
 from click.testing import CliRunner
 
 from service.errors import ConfigurationError
-from training.config import find_experiment, load_experiment
+from training.config import Experiment, find_experiment, load_experiment
 from training.models import describe, names
+from training.optimise import proven_decay
 from training.search_space import check_space, default_space, is_whole, own_values, settled
 from training.tune_cli import tune as tune_command
 from training.tune_config import Choices, HyperbandConfig, Range, TuneConfig, load_tuning
@@ -151,3 +152,25 @@ def test_the_printed_space_is_what_the_command_takes(tmp_path):
     base = experiment(model__name="resnet18")
     assert dict(load_tuning(None, file, {}).space) == default_space(base)
     assert set(yaml.safe_load(done.output)["tune"]) == {"trials", "objective", "pruner", "space"}
+
+
+@pytest.mark.parametrize(
+    ("key", "choices", "value"),
+    [
+        ("input.size", (28, 32), 32),
+        ("input.train_size", (24, 32), 32),
+        ("input.resize", ("stretch", "crop"), "stretch"),
+    ],
+)
+def test_the_experiment_stands_in_a_space_of_inputs_although_it_leaves_them_open(key, choices, value):
+    experiment = Experiment.model_validate({"model": {"name": "lenet5"}})
+
+    assert own_values(experiment, {key: Choices(choices=choices)}) == {key: value}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_the_decay_that_is_chosen_stands_well_within_its_range(name):
+    experiment = Experiment.model_validate({"optimiser": {"name": name}})
+    found = default_space(experiment)["optimiser.weight_decay"]
+
+    assert found.low * 5 < proven_decay(experiment.optimiser) < found.high / 5

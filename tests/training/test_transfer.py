@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ from rich.console import Console
 from service.errors import ConfigurationError, TrainingError
 from training import checkpoint
 from training.assemble import build_stepper, build_trainer
-from training.config import Experiment
+from training.config import Experiment, find_experiment, load_experiment
 from training.distributed import Group
 from training.loop import BEST, StoppedError
-from training.models import create, describe
+from training.models import LoadReport, create, describe
 from training.transfer import inherited_statistics, plan, provenance, stage_table, start_from
 
 ENTRY = describe("resnet18")
@@ -88,6 +89,20 @@ def test_all_but_the_head_is_loaded_and_gray_input_adapted(imagenet_file):
     told = provenance(config, report)
     assert "lp-ft from resnet18.pth" in told.source
     assert told.licence == "CC-BY-4.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "verified", "licence"),
+    [
+        ("resnet18-f37072fd.pth", True, "BSD-3-Clause (torchvision)"),
+        ("resnet18-f37072fd.pth", False, "unspecified"),
+        ("ours-f37072fd.pth", True, "unspecified"),
+    ],
+)
+def test_only_published_weights_have_their_publisher_s_licence(name, verified, licence):
+    report = LoadReport(Path(name), "0" * 64, verified, (), (), (), ())
+    for experiment in (experiment_of(weights=Path(name)), load_experiment(find_experiment("photos-transfer"), {})):
+        assert provenance(experiment.transfer, report).licence == licence
 
 
 def test_pixels_are_normalised_as_the_weights_expect(imagenet_file, tmp_path):

@@ -26,6 +26,8 @@ from training.models.registry import WEIGHTS_URL, published
 
 _HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
 # Where training scripts put the weights among other things, torchvision's reference scripts under the first.
+# PyTorch's AveragedModel counts there, beside the weights.
+_AVERAGED_MODELS = "n_averaged"
 _NESTED = ("model", "state_dict", "model_state_dict")
 
 
@@ -98,16 +100,31 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
+def _instead(path: Path, content: Any) -> str:
+    """What a file has that holds none where they are looked for."""
+    if path.name == "last.pt" and path.with_name("best.pt").exists():
+        return "; it is what a run goes on from, its weights are in best.pt beside it"
+    if not isinstance(content, Mapping):
+        return ""
+    inside = [
+        str(key) for key, value in content.items() if isinstance(value, Mapping) and any(map(_is_entry, value.items()))
+    ]
+    return f"; there are some under {', '.join(map(repr, inside))}: save that part alone" if inside else ""
+
+
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     """The names and tensors in whatever the file holds."""
     nested = (content[key] for key in _NESTED if isinstance(content, Mapping) and isinstance(content.get(key), Mapping))
     state = next(nested, content)
     if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
-        raise TrainingError(f"{path} holds no weights: names with tensors, alone or under {' or '.join(_NESTED)}")
+        places = " or ".join(_NESTED)
+        raise TrainingError(
+            f"{path} holds no weights: names with tensors, alone or under {places}{_instead(path, content)}"
+        )
     odd = [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_quantized]
     if odd:
         raise TrainingError(
             f"{path} holds sparse or quantised tensors ({odd[0]} is the first of {len(odd)}); save dense ones of a "
             "floating-point type"
         )
-    return dict(state)
+    return {name: tensor for name, tensor in state.items() if name != _AVERAGED_MODELS}

@@ -165,3 +165,18 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, zipped):
 def test_a_file_without_weights_is_refused(tmp_path, content):
     with pytest.raises(TrainingError, match="holds no weights: names with tensors, alone or under model or state_dict"):
         read_weights(write(tmp_path / "net.pth", content))
+
+
+def test_the_counter_of_an_averaged_model_is_no_weight(tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2)).state_dict()
+    assert "n_averaged" in averaged
+
+    assert set(read_weights(write(tmp_path / "net.pth", averaged)).state) == {"module.weight", "module.bias"}
+
+
+def test_where_else_there_are_weights_is_said(tmp_path):
+    with pytest.raises(TrainingError, match=r"there are some under 'net', 'ema': save that part alone"):
+        read_weights(write(tmp_path / "net.pth", {"epoch": 3, "net": STATE, "ema": STATE, "args": {"lr": 0.1}}))
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(TrainingError, match=r"its weights are in best\.pt beside it"):
+        read_weights(write(tmp_path / "last.pt", {"stepper": {"weights": STATE}}))
