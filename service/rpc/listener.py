@@ -137,6 +137,7 @@ class Listener:
             await asyncio.wait({stopping}, timeout=_PATIENCE_S)
             if not acceptor.is_answering(self._server):
                 await self._server.stop(None)  # what is left are streams that have been told, and do not read it
+        await stopping
         self._around.failures.close()
 
     async def cancel(self) -> None:
