@@ -204,7 +204,9 @@ def test_a_run_that_is_stopped_early_says_so(digit_folder, tmp_path):
     }
     shown = display()
     run(Experiment.model_validate(tree), digit_folder, tmp_path / "models", tmp_path / "runs", shown)
-    assert re.search(r"Stopped early after epoch \d of 9: none has been better since epoch \d", shown.console.file.getvalue())
+    assert re.search(
+        r"Stopped early after epoch \d of 9: none has been better since epoch \d", shown.console.file.getvalue()
+    )
 
 
 def test_a_refused_resume_leaves_the_record_of_what_was_held_out(finished, digit_folder, tmp_path):
