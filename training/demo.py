@@ -140,7 +140,8 @@ def _experiment() -> Experiment:
 
 
 def _title(console: Console, number: int, text: str) -> None:
-    console.print(f"\n[bold cyan]{number}[/bold cyan]  [bold]{text}[/bold]", highlight=False, soft_wrap=True)
+    title = Text.assemble("\n", (str(number), "bold cyan"), "  ", (text, "bold"))
+    console.print(title, highlight=False, soft_wrap=True)
 
 
 def _show(console: Console, result: Result, served: Served) -> None:
@@ -185,7 +186,7 @@ def _report(console: Console, result: Result, served: Served) -> None:
         "latency": f"p50 {p50:.1f} ms   p90 {p90:.1f} ms   p99 {p99:.1f} ms",
     }
     for name, value in rows.items():
-        console.print(f"[bold]{name:<12}[/bold]{value}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((f"{name:<12}", "bold"), value), highlight=False, soft_wrap=True)
     if accuracy != result.evaluation.accuracy:
         raise TrainingError("the service and the trainer disagree on the same images; please report this")
 
