@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from service import exif, jpeg_markers
+from service import exif, jpeg_markers, png
 from service.errors import ImageFault, InvalidImageError
 
 # Far above what encoders write (a 32 MiB PNG in blocks of 4 KiB has 8,192), far below what would hold the
@@ -148,7 +148,6 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 # Deflate makes at most so many bytes of one; a little more, for what surrounds the data.
 _MOST_UNFOLDED = 1040
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 
 
 def is_hollow(data: bytes, header: Header) -> bool:
@@ -157,11 +156,7 @@ def is_hollow(data: bytes, header: Header) -> bool:
     Decoders find that out when they have made room for all of them, which takes a tenth of a second for a file of 70
     bytes.
     """
-    if header.format != "PNG":
-        return False
-    bits, colour = data[24:26]
-    row_bytes = header.width * bits * _PNG_CHANNELS.get(colour, 1) // 8
-    return row_bytes * header.height > _MOST_UNFOLDED * len(data)
+    return header.format == "PNG" and png.claimed_bytes(data) > _MOST_UNFOLDED * len(data)
 
 
 def _png(data: bytes) -> Header:
@@ -177,19 +172,15 @@ def _png_orientation(data: bytes) -> int:
     Profiles, of which there may be one, are unpacked by decoders, each to a MiB: many would take seconds.
     """
     orientation, profiles = exif.UPRIGHT, 0
-    position = 8
-    for _ in range(MAX_BLOCKS):
-        # Fails where the data ends first: a file without IEND was cut short, even if its pixels are all there.
-        length, kind, _checksum = struct.unpack_from(">I4sI", data, position)
-        if kind == b"IEND":
-            return orientation
+    for number, (kind, start, stop) in enumerate(png.chunks(data)):
+        if number >= MAX_BLOCKS:
+            raise ValueError("too many chunks")
         if kind == b"eXIf":
-            orientation = exif.orientation(data[position + 8 : position + 8 + length].removeprefix(b"Exif\0\0"))
+            orientation = exif.orientation(data[start + 8 : stop - 4].removeprefix(b"Exif\0\0"))
         profiles += kind == b"iCCP"
         if profiles > 1:
             raise ValueError("more than one profile")
-        position += 12 + length
-    raise ValueError("too many chunks")
+    return orientation
 
 
 def _webp(data: bytes) -> Header:

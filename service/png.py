@@ -7,7 +7,6 @@ and sizes are those of the PNG specification, third edition, 5.3, 8.1 and 11.2.2
 
 from __future__ import annotations
 
-import itertools
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,25 +15,30 @@ _SIGNATURE_BYTES = 8
 _PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # First column, first row, and the steps between columns and rows, of each pass of Adam7.
-_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _PIECE_BYTES = 1 << 20
 
 
 def picture(data: bytes) -> bytes:
     """The file with nothing but its picture; as it is where it has nothing else, or where its chunks are damaged."""
     try:
-        spans = [(kind, start, stop) for kind, start, stop in _chunks(data)]
+        spans = list(chunks(data))
     except struct.error:
         return data
     kept = [data[start:stop] for kind, start, stop in spans if kind in _PICTURE]
     return data if len(kept) == len(spans) else data[:_SIGNATURE_BYTES] + b"".join(kept)
 
 
-def is_whole(data: bytes) -> bool:
-    """Whether the data unfolds to as many bytes as its header says; what is damaged in another way is not told here."""
+def claimed_bytes(data: bytes) -> int:
+    """Bytes that the data of a file have to unfold to, by its header."""
     width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    wanted = unfolded_bytes(width, height, bits * _CHANNELS.get(colour, 1), interlaced=bool(interlaced))
-    return unfolds_to((data[start + 8 : stop - 4] for kind, start, stop in _chunks(data) if kind == b"IDAT"), wanted)
+    return unfolded_bytes(width, height, bits * _CHANNELS.get(colour, 1), interlaced=bool(interlaced))
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the data unfold to as many bytes as the header says; what is damaged in another way is not told here."""
+    pieces = (data[start + 8 : stop - 4] for kind, start, stop in chunks(data) if kind == b"IDAT")
+    return unfolds_to(pieces, claimed_bytes(data))
 
 
 def unfolds_to(pieces: Iterable[bytes], wanted: int) -> bool:
@@ -56,7 +60,7 @@ def unfolded_bytes(width: int, height: int, bits: int, *, interlaced: bool = Fal
     """Bytes of all rows, each with the byte that names its filter. `bits`: of a pixel."""
     if not interlaced:
         return height * _row_bytes(width, bits)
-    sizes = ((-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in _PASSES)
+    sizes = ((-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in PASSES)
     return sum(rows * _row_bytes(columns, bits) for columns, rows in sizes if columns > 0 and rows > 0)
 
 
@@ -64,13 +68,15 @@ def _row_bytes(width: int, bits: int) -> int:
     return 1 + -(-width * bits // 8)
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of each chunk, up to the last one."""
-    position = _SIGNATURE_BYTES
-    for _ in itertools.count():
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + length + 12
-        yield kind, position, end
-        if kind == b"IEND":
-            return
-        position = end
+def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of each chunk, up to the last one.
+
+    Raises:
+        struct.error: the data end before it: the file was cut short, even if its pixels are all there.
+    """
+    kind, end = b"", _SIGNATURE_BYTES
+    while kind != b"IEND":
+        start = end
+        length, kind = struct.unpack_from(">I4s4x", data, start)
+        end = start + length + 12
+        yield kind, start, end

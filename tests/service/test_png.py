@@ -25,7 +25,7 @@ def written(mode="RGB", size=(16, 16), *, interlace=False, parts=1, keep=1.0, be
     """A picture of one bright level as a PNG of which so much of the data is there, in a stream that is whole."""
     bits, colour = {"1": (1, 0), "L": (8, 0), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[mode]
     pixel = {"1": 1, "L": 8, "RGB": 24, "RGBA": 32, "I;16": 16}[mode]
-    passes = png._PASSES if interlace else ((0, 0, 1, 1),)  # noqa: SLF001  # the specification's own table
+    passes = png.PASSES if interlace else ((0, 0, 1, 1),)
     rows = bytearray()
     for x, y, dx, dy in passes:
         columns, lines = -(-(size[0] - x) // dx), -(-(size[1] - y) // dy)
@@ -39,7 +39,7 @@ def written(mode="RGB", size=(16, 16), *, interlace=False, parts=1, keep=1.0, be
 
 
 def kinds(data):
-    return [kind for kind, _, _ in png._chunks(data)]  # noqa: SLF001  # a short way to look
+    return [kind for kind, _, _ in png.chunks(data)]
 
 
 @pytest.mark.parametrize(
