@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from service import faults, logs
+from service import loading, logs
 from service.errors import (
     ArtifactError,
     CanaryError,
@@ -25,7 +25,6 @@ from service.errors import (
     InvalidRequestError,
     ModelNotReadyError,
     NotFoundError,
-    OutOfMemoryError,
     OutOfReachError,
 )
 from service.metrics import Metrics
@@ -36,9 +35,6 @@ from service.serving import ServedModel
 from service.sources import Fingerprint, Source
 
 _log = logs.get("repository")
-
-# A load that takes longer is told, every so many seconds.
-_LONG_LOAD_S = 60.0
 
 # Loads a version from its directory; gives its canary's largest difference, too. Blocking.
 Loader = Callable[[Path, bool], tuple[ServedModel, float]]
@@ -470,13 +466,13 @@ class Repository:
         model.seen[number] = fingerprint
         path: Path | None = None
         try:
-            with _told_while_it_lasts(name, number):
+            with loading.told_while_it_lasts(name, number):
                 path = await asyncio.to_thread(self._source.fetch, name, number)
                 gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
                 served, difference = await asyncio.to_thread(self._load, path, gently)
             await _begin(served, name, path)
         except Exception as error:  # whatever is in a version's files must not end the round for all
-            failure = _meant(error, f"{name} version {number}", path)
+            failure = loading.meaning(error, f"{name} version {number}", path)
             self._note_failure(name, number, failure)
             if failure is error:
                 raise
@@ -531,24 +527,6 @@ class Repository:
         _log.info("model released", model=name, version=number)
 
 
-@contextmanager
-def _told_while_it_lasts(name: str, number: int) -> Iterator[None]:
-    """Logs a load that takes long, again and again: an engine may be built for minutes, a file system may hang."""
-    began = time.monotonic()
-
-    async def tell() -> None:
-        while True:
-            await asyncio.sleep(_LONG_LOAD_S)
-            took_s = round(time.monotonic() - began)
-            _log.warning("model is still being loaded", model=name, version=number, seconds=took_s)
-
-    telling = asyncio.create_task(tell())
-    try:
-        yield
-    finally:
-        telling.cancel()
-
-
 async def _begin(served: ServedModel, name: str, path: Path) -> None:
     """Starts its threads; from now on it could answer."""
     try:
@@ -562,23 +540,6 @@ async def _begin(served: ServedModel, name: str, path: Path) -> None:
 def _check_name(served: ServedModel, name: str, path: Path) -> None:
     if served.name != name:
         raise ArtifactError(f"{path}: the manifest says model {served.name}, the directory says {name}")
-
-
-def _meant(error: Exception, version: str, path: Path | None) -> ConvoyError:
-    """What it means that a version cannot be loaded: `path` is its directory, if it has been fetched."""
-    if isinstance(error, ArtifactError) and path is not None and not path.is_dir():
-        # Another process may share the cache: what it removes is fetched again.
-        return OutOfReachError(f"{path} has been removed meanwhile: {error}")
-    if isinstance(error, ConvoyError):
-        return error
-    if isinstance(error, OSError):
-        return OutOfReachError(f"{version} cannot be read: {error}")
-    if isinstance(error, MemoryError):
-        return OutOfMemoryError(f"there is not enough memory to load {version}")
-    if faults.is_shortage(error):
-        return OutOfReachError(f"{version} cannot be loaded now: {error}")
-    _log.error("a version cannot be loaded for no known reason", version=version, exc_info=error)
-    return ArtifactError(f"{version} cannot be loaded: {type(error).__name__}: {error}")
 
 
 def _nobody_answers(name: str, routing: Routing, numbers: list[int]) -> str:

@@ -14,8 +14,7 @@ import structlog
 import toys
 from repositories import Clock, damage, filled, opened, served, waiting_for_their_turn
 
-from service import artifact
-from service import repository as repository_module
+from service import artifact, loading
 from service.batcher import Batcher
 from service.errors import ConfigurationError, OutOfReachError
 from service.routing import Routing
@@ -176,7 +175,7 @@ async def test_versions_that_should_serve_and_do_not_show_in_the_metrics(root):
 
 
 async def test_a_load_that_lasts_is_told_again_and_again_until_it_ends(root, monkeypatch):
-    monkeypatch.setattr(repository_module, "_LONG_LOAD_S", 0.01)
+    monkeypatch.setattr(loading, "_LONG_LOAD_S", 0.01)
     held = threading.Event()
 
     with structlog.testing.capture_logs() as lines:
@@ -185,10 +184,10 @@ async def test_a_load_that_lasts_is_told_again_and_again_until_it_ends(root, mon
             return [line["version"] for line in lines if line["event"] == "model is still being loaded"]
 
         async with opened(root, lambda gently: held.wait(30), names=("grey",)) as repository:
-            loading = asyncio.create_task(repository.load_all())
+            task = asyncio.create_task(repository.load_all())
             await asyncio.sleep(0.5)
             held.set()
-            await loading
+            await task
             count = len(told())
             await asyncio.sleep(0.1)
             assert told() == [10] * count
