@@ -22,7 +22,7 @@ demo: $(RUNTIME) ## train on real digits, serve the model, classify over gRPC
 
 .PHONY: test
 test: lint ## lint, type-check and run every test, with branch coverage
-	@$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:build/coverage
+	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --cov --cov-report=term --cov-report=html:build/coverage
 
 .PHONY: install-check
 install-check: $(RUNTIME) ## install the service alone and serve from it, without torch

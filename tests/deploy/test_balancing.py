@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from grpc import aio
-from replicas import Load, Replica, free_port
+from ports import free_port
+from replicas import Load, Replica
 from toys import write_version
 
 HAPROXY = Path(__file__).resolve().parents[2] / "deploy" / "haproxy" / "haproxy.cfg"

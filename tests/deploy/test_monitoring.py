@@ -18,7 +18,8 @@ import yaml
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
-from replicas import Load, free_port, replica
+from ports import free_port
+from replicas import Load, replica
 from toys import grey_png, write_version
 
 HERE = Path(__file__).resolve().parent

@@ -13,7 +13,8 @@ import yaml
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import insecure_channel
-from replicas import container_command, container_environment, free_port, replica
+from ports import free_port
+from replicas import container_command, container_environment, replica
 
 from training.digits import write_digits
 

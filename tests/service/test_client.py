@@ -10,6 +10,7 @@ import pytest
 import toys
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
+from ports import free_port
 
 from service.client import Client
 from service.exits import ServerRefusedError, ServerUnreachableError
@@ -77,8 +78,7 @@ def numbered(count):
 
 
 def test_nobody_there_says_what_to_do():
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+    port = free_port()
     with pytest.raises(ServerUnreachableError, match=rf"127\.0\.0\.1:{port}.*convoy serve"):
         Client(f"127.0.0.1:{port}", connect_timeout_s=0.3).__enter__()
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import grpc
 import pytest
 import trustme
+from ports import free_port
 
 from service.client import Client, TlsFiles
 from service.exits import ServerUnreachableError
@@ -98,8 +99,7 @@ def test_with_the_right_files_there_is_nothing_to_tell(authority, tmp_path):
 
 
 def test_a_port_on_which_nobody_listens_is_told_with_the_reason():
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+    port = free_port()
     assert "(Connection refused); start one with `convoy serve`" in told(port)
 
 

@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
+from ports import free_port
 
 from service import server as server_module
 from service.artifact import InputSpec, Resize
@@ -263,8 +264,7 @@ async def test_a_model_that_cannot_be_served_ends_the_start(tmp_path, prepare, s
 
 
 async def test_a_failed_start_frees_its_ports(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(ConfigurationError):
         async with toys.real_server(tmp_path, http_port=port):
             pytest.fail("an empty repository was served")
@@ -386,9 +386,7 @@ def test_a_load_that_does_not_end_holds_up_no_stop(tmp_path):
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, log):
     """Neither the rounds of polling nor SIGTERM, which tell of themselves."""
     toys.write_version(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     reader, writer = os.pipe()
     os.close(reader)
     flags = ["--repository", tmp_path, "--port", "0", "--http-port", port, "--repository-poll-s", "0.1"]

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -26,13 +25,6 @@ from toys import grey_levels, grey_png
 BIN = Path(sys.executable).parent
 START_S = 60
 SERVING = health_pb2.HealthCheckResponse.SERVING
-
-
-def free_port():
-    """A port that was free a moment ago."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def mapped(text, paths):
