@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.admission import Admission
-from service.decode import Decoder, Encoded, Faults, decode_here, is_light
+from service.decode import Decoder, Encoded, Faults, decode_here, light
 from service.engine import Outputs
 from service.errors import ConvoyError, ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
 from service.metrics import Metrics
@@ -206,9 +206,10 @@ class Classifier:
         return Result([faults.get(position) or next(rest) for position in range(len(images))], timing)
 
     async def _decode(self, flow: str, work: Encoded, query: Query, deadline: float) -> tuple[Faults, Timing]:
-        if is_light(work):
+        headers = light(work)
+        if headers is not None:
             began = time.monotonic()
-            return decode_here(work), Timing(0.0, time.monotonic() - began, 0.0)
+            return decode_here(work, headers), Timing(0.0, time.monotonic() - began, 0.0)
         decoding = self._decoder.submit(work, len(work.images), deadline, flow=flow, priority=query.priority)
         decoded = await _in_time(decoding, deadline)
         faults = {position: fault for _, part in decoded.results for position, fault in part.items()}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from service.artifact import InputSpec
 from service.batcher import Batcher, Job, Observer, OneByOne
 from service.errors import InvalidImageError
-from service.image_header import read_header
+from service.image_header import Header, read_header
 from service.preprocess import Limits, Pixels, preprocess
 from service.schedule import Part
 
@@ -34,34 +34,39 @@ _THUMBNAIL_BYTES = 4096
 _THUMBNAIL_PIXELS = 64 * 64
 # To enlarge some of them to the size of a large input takes milliseconds.
 _PIXELS_HERE = 16 * _THUMBNAIL_PIXELS
-# Chunks of a PNG that unfold as well, to a MiB each.
-_PACKED = (b"iCCP", b"zTXt", b"iTXt")
 
 # What decoding one part gives: the fault of each image that cannot be used, by its position in the job.
 Faults = dict[int, InvalidImageError]
 Decoder = Batcher[Encoded, Faults]
 
 
-def is_light(work: Encoded) -> bool:
-    """Whether decoding takes less time than handing it to a thread: few thumbnails, for a model of small images."""
-    made = len(work.images) * work.spec.height * work.spec.width
-    return made <= _PIXELS_HERE and all(map(is_thumbnail, work.images))
+def light(work: Encoded) -> Sequence[Header] | None:
+    """Headers of images that take less time to decode than to hand to a thread: few thumbnails, for a small input."""
+    if len(work.images) * work.spec.height * work.spec.width > _PIXELS_HERE:
+        return None
+    headers = []
+    for data in work.images:
+        header = thumbnail(data)
+        if header is None:
+            return None
+        headers.append(header)
+    return headers
 
 
-def is_thumbnail(data: bytes) -> bool:
-    """Whether it is small in every respect; damaged and unknown images are none."""
-    if len(data) > _THUMBNAIL_BYTES or any(kind in data for kind in _PACKED):
-        return False
+def thumbnail(data: bytes) -> Header | None:
+    """The header of an image that is small in every respect; damaged and unknown images are none."""
+    if len(data) > _THUMBNAIL_BYTES:
+        return None
     try:
         header = read_header(data)
     except InvalidImageError:
-        return False
-    return header.width * header.height <= _THUMBNAIL_PIXELS
+        return None
+    return header if header.width * header.height <= _THUMBNAIL_PIXELS else None
 
 
-def decode_here(work: Encoded) -> Faults:
-    """Decodes on the calling thread."""
-    return _decode_part(work, 0, len(work.images))
+def decode_here(work: Encoded, headers: Sequence[Header]) -> Faults:
+    """Decodes on the calling thread what is `light`."""
+    return _decoded(work, 0, headers)
 
 
 def decode_pool(threads: int, observer: Observer) -> Decoder:
@@ -70,14 +75,15 @@ def decode_pool(threads: int, observer: Observer) -> Decoder:
 
 
 def _decode(parts: Sequence[Part[Job[Encoded, Faults]]]) -> list[Faults]:
-    return [_decode_part(part.job.payload, part.start, part.stop) for part in parts]
+    return [_decoded(part.job.payload, part.start, [None] * (part.stop - part.start)) for part in parts]
 
 
-def _decode_part(work: Encoded, start: int, stop: int) -> Faults:
+def _decoded(work: Encoded, start: int, headers: Sequence[Header | None]) -> Faults:
+    """Decodes as many images from one on; of some the header is known."""
     faults: Faults = {}
-    for position in range(start, stop):
+    for position, header in enumerate(headers, start):
         try:
-            preprocess(work.images[position], work.spec, work.limits, out=work.pixels[position])
+            preprocess(work.images[position], work.spec, work.limits, out=work.pixels[position], header=header)
         except InvalidImageError as fault:
             faults[position] = fault.with_traceback(None)  # it leads back here, and a circle would keep the images
     return faults

@@ -41,8 +41,8 @@ _OPAQUE = 255
 _IHDR = b"\0\0\0\rIHDR"
 _PLAIN = {bytes((8, 0, 0, 0, 0)): "L", bytes((8, 2, 0, 0, 0)): "RGB"}
 _AFTER_IHDR = 33
+_UNSEEN: dict[str, int | tuple[int, ...]] = {"L": 129, "RGB": (129, 61, 203)}  # which few pictures end with
 _DEPTH, _INTERLACE = 24, 28
-_SMALL_BYTES = 4096  # unfold to 4 MiB at most
 _IEND = b"\0\0\0\0IEND"
 
 # Pillow warns, once for each place in the code, of an APNG whose animation is damaged; only the first frame counts.
@@ -129,21 +129,15 @@ def _plain_png(data: bytes, header: Header, channels: int) -> Image.Image | None
     if kind != b"IDAT" or data[stop + 4 : stop + 12] != _IEND:
         return None
     packed = data[start:stop]
+    image = Image.new(mode, (header.width, header.height), _UNSEEN[mode])
     try:
-        image = Image.frombytes(mode, (header.width, header.height), packed, "zip", mode, 0)
-        if not _is_filled(image, packed):
+        image.frombytes(packed, "zip", mode, 0)
+        # Pillow leaves as they are the rows that do not come.
+        if image.getpixel((0, header.height - 1)) == _UNSEEN[mode] and not png.is_whole(data):
             return None
     except (ValueError, zlib.error):
         return None
     return image if mode == "L" or channels != 1 else image.convert("L")
-
-
-def _is_filled(image: Image.Image, packed: bytes) -> bool:
-    """Whether the data of a plain PNG reaches to its end; Pillow leaves black what does not come."""
-    wanted = png.unfolded_bytes(*image.size, 8 * len(image.mode))
-    if len(packed) <= _SMALL_BYTES:  # a thumbnail is unfolded once more in less time than its last row is looked at
-        return len(zlib.decompress(packed, bufsize=wanted)) >= wanted
-    return not _ends_empty(image) or png.unfolds_to([packed], wanted)
 
 
 def _ends_empty(image: Image.Image) -> bool:

@@ -167,19 +167,13 @@ def _png(data: bytes) -> Header:
 
 
 def _png_orientation(data: bytes) -> int:
-    """Orientation of the eXIf chunk, which may stand on either side of the pixels.
-
-    Profiles, of which there may be one, are unpacked by decoders, each to a MiB: many would take seconds.
-    """
-    orientation, profiles = exif.UPRIGHT, 0
+    """Orientation of the eXIf chunk, which may stand on either side of the pixels."""
+    orientation = exif.UPRIGHT
     for number, (kind, start, stop) in enumerate(png.chunks(data)):
         if number >= MAX_BLOCKS:
             raise ValueError("too many chunks")
         if kind == b"eXIf":
             orientation = exif.orientation(data[start + 8 : stop - 4].removeprefix(b"Exif\0\0"))
-        profiles += kind == b"iCCP"
-        if profiles > 1:
-            raise ValueError("more than one profile")
     return orientation
 
 

@@ -60,7 +60,11 @@ _DEFAULT_LIMITS = Limits()
 
 
 def preprocess(
-    data: bytes, spec: InputSpec, limits: Limits | None = None, out: NDArray[np.uint8] | None = None
+    data: bytes,
+    spec: InputSpec,
+    limits: Limits | None = None,
+    out: NDArray[np.uint8] | None = None,
+    header: Header | None = None,
 ) -> NDArray[np.uint8]:
     """Decodes, orients, converts, resizes and crops one image. Safe to call from any number of threads.
 
@@ -69,6 +73,7 @@ def preprocess(
         spec: shape and resize rule of the model's input.
         limits: what may be decoded; None takes the defaults.
         out: uint8[H, W, C], C-contiguous, written in place (a slot of a batch buffer); None allocates.
+        header: what `read_header` says of the image, where that is known; None reads it.
 
     Returns:
         uint8[H, W, C], `out` if it was given.
@@ -81,7 +86,7 @@ def preprocess(
         out = np.empty(spec.shape, np.uint8)
     elif out.shape != spec.shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
         raise ValueError(f"out has to be contiguous uint8{list(spec.shape)}, not {out.dtype}{list(out.shape)}")
-    header = read_header(data)
+    header = header or read_header(data)
     _check_limits(header, limits or _DEFAULT_LIMITS)
     if is_hollow(data, header):
         raise InvalidImageError(

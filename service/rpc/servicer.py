@@ -148,7 +148,10 @@ def _fill(message: pb.ImageResult, outcome: Answer | InvalidImageError, labels: 
     classification = message.classification
     classification.SetInParent()  # also where no class reaches the minimal score
     for index, score in outcome.classes:
-        classification.classes.add(index=index, label=labels[index], score=score)
+        place = classification.classes.add()  # by keywords it takes nearly twice the time
+        place.index = index
+        place.label = labels[index]
+        place.score = score
     if outcome.logits is not None:
         classification.logits.extend(outcome.logits.tolist())
 

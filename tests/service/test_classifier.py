@@ -365,9 +365,9 @@ async def test_thumbnails_of_a_large_request_leave_others_their_turns(tmp_path, 
     turn, turns = 0, []
     decode = classifier.decode_here
 
-    def decode_here(work):
+    def decode_here(work, headers):
         turns.append(turn)
-        return decode(work)
+        return decode(work, headers)
 
     monkeypatch.setattr(classifier, "decode_here", decode_here)
     async with classifying(tmp_path, toys.ToyEngine()) as bench:

@@ -3,6 +3,7 @@
 import asyncio
 import struct
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -11,7 +12,7 @@ import toys
 
 from service.artifact import InputSpec, Resize
 from service.batcher import Silent
-from service.decode import Encoded, decode_pool, is_thumbnail
+from service.decode import Encoded, decode_here, decode_pool, light
 from service.errors import ExpiredError, ImageFault
 from service.preprocess import Limits, preprocess
 
@@ -39,12 +40,27 @@ def soon():
 
 
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
-def test_a_thumbnail_that_unfolds_to_more_than_its_pixels_is_not_decoded_on_the_loop(kind):
+def test_nothing_beside_the_pixels_of_a_thumbnail_is_unfolded(kind):
+    """It is decoded on the event loop, and what three hundred such chunks unfold to would hold that for a second."""
     png = toys.grey_png(7)
     content = {b"iCCP": b"x\0\0", b"zTXt": b"x\0\0", b"iTXt": b"x\0\x01\0\0\0"}[kind] + zlib.compress(bytes(1 << 20))
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    assert is_thumbnail(png)
-    assert not is_thumbnail(png[:33] + chunk + png[33:])
+    thumbnail = work(png[:33] + chunk + png[33:])
+    tracemalloc.start()
+    assert decode_here(thumbnail, light(thumbnail)) == {}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert thumbnail.pixels.max() == 7
+    assert peak < 1 << 19
+
+
+def test_what_is_large_or_many_or_unknown_is_no_light_work():
+    png = toys.grey_png(7)
+    assert light(work(png, png)) is not None
+    assert light(work(png, b"GIF")) is None
+    assert light(work(png, png + bytes(4096))) is None
+    assert light(work(png, toys.grey_png(7, size=(65, 64)))) is None
+    assert light(work(png, spec=InputSpec(height=300, width=300, channels=1, resize=Resize(mode="stretch")))) is None
 
 
 async def test_each_image_fills_its_own_slot(decoder):

@@ -251,14 +251,6 @@ def test_endless_exif_is_refused():
         read_header(data[:start] + empty * (MAX_EXIF_SEGMENTS + 1) + data[end:])
 
 
-def test_a_png_with_several_profiles_is_refused():
-    data = encoded("PNG")
-    profile = png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(1 << 20)))
-    assert read_header(data[:33] + profile + data[33:]).width == 7
-    with pytest.raises(InvalidImageError, match="damaged"):
-        read_header(data[:33] + profile * 2 + data[33:])
-
-
 @pytest.mark.parametrize(
     "data",
     [

@@ -62,6 +62,26 @@ def test_a_picture_is_whole_or_refused(mode, size, interlace, parts):
         preprocess(short, SPEC)
 
 
+@pytest.mark.parametrize("colour", [0, 129, 255, (129, 61, 203)])
+def test_an_end_of_one_colour_is_whole_or_cut_short_like_any_other(colour):
+    mode = "L" if isinstance(colour, int) else "RGB"
+    stream = io.BytesIO()
+    Image.new(mode, (16, 16), colour).save(stream, "PNG")
+    whole = stream.getvalue()
+    rows = zlib.decompress(b"".join(whole[a + 8 : b - 4] for kind, a, b in png.chunks(whole) if kind == b"IDAT"))
+    short = whole[:33] + chunk(b"IDAT", zlib.compress(rows[:-1])) + chunk(b"IEND", b"")
+
+    assert (preprocess(whole, SPEC) == colour).all()
+    with pytest.raises(InvalidImageError, match="truncated or damaged"):
+        preprocess(short, SPEC)
+
+
+def test_profiles_are_not_counted():
+    data = written(beside=[chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(3 << 20)))] * 300)
+
+    assert preprocess(data, SPEC).min() == 255
+
+
 @pytest.mark.parametrize("size", [(16, 16), (200, 200)])
 def test_black_at_the_end_is_no_fault(size):
     pixels = np.zeros((size[1], size[0]), np.uint8)
