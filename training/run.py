@@ -26,6 +26,7 @@ from training.export import export_version
 from training.finder import plot, sweep
 from training.folders import LAST, check_apart, check_writable, new_run, writing
 from training.gates import batches_up_to
+from training.idle import idle
 from training.interrupt import InterruptedRunError, held_back, stoppable
 from training.journal import Journal
 from training.listing import TEST, VALIDATION
@@ -122,6 +123,7 @@ def run(
         stepper, report = build_stepper(experiment, entry, data, group)
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
+        display.caution(*idle(experiment, stepper.model, data))
         threads = _threads(experiment, stepper, data)
         with limited_to(threads), kept_memory(), repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
