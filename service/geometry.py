@@ -43,6 +43,8 @@ class Window(NamedTuple):
 
     def scaled(self, scale: int) -> Window:
         """The same window in an image that was decoded at 1/scale of its size."""
+        if scale == 1:
+            return self
         left, top, right, bottom = (side / scale for side in self.box)
         return Window(left, top, right, bottom, self.width, self.height)
 

@@ -41,7 +41,7 @@ def register() -> None:
         ort.register_execution_provider_library(OPENVINO, module.get_library_path())
     except ImportError as error:
         raise ProviderError(
-            "OpenVINO is asked for but not installed; install it with `pip install 'convoy[openvino]'`, or choose "
+            "OpenVINO is asked for but not installed; in Convoy's checkout, `pip install '.[openvino]'`, or choose "
             "another provider"
         ) from error
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception

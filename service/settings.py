@@ -110,7 +110,7 @@ class Settings(BaseSettings):
         (), description="Names of the models to serve, separated by commas; empty serves all of them."
     )
     model_settings: Mapping[str, ModelSettings] = Field(
-        default_factory=dict, description="Settings of single models, by name; in the settings file only."
+        default_factory=dict, description="Settings of single models, by name; no flag, and JSON in the environment."
     )
     repository_poll_s: Seconds = Field(
         5.0, description="Seconds between looks for new and changed versions; 0: only the admin API loads."
@@ -198,7 +198,8 @@ class Settings(BaseSettings):
         "auto takes those for GPUs if there is one, else those for CPUs. One that is named and missing is an error.",
     )
     provider_options: ProviderOptions = Field(
-        default_factory=dict, description="By provider, ONNX Runtime's own options; in the settings file only."
+        default_factory=dict,
+        description="By provider, ONNX Runtime's own options; no flag, and JSON in the environment.",
     )
     allow_fallback: bool = Field(
         False, description="Go on with other providers, in the end the CPU, where those asked for cannot run."

@@ -150,6 +150,11 @@ def augment_preview(
     """Write a grid of augmented images of DATA; the first column is the originals.
 
     Takes the flags of `convoy train`, so that what is drawn is what that command would train on.
+
+    \b
+    Examples:
+      convoy augment-preview photos/ --output augmented.png
+      convoy augment-preview photos/ --config photos-transfer --rotation 30
     """
     require_extra()
     from training.config import find_experiment, load_experiment
@@ -171,7 +176,13 @@ def augment_preview(
 )
 @click.option("--train-only", is_flag=True, help="Stop when the model is exported.")
 def demo(folder: Path, train_only: bool) -> None:
-    """Train LeNet on 1,797 real handwritten digits, serve it, and classify the held-out ones over gRPC."""
+    """Train LeNet on 1,797 real handwritten digits, serve it, and classify the held-out ones over gRPC.
+
+    \b
+    Examples:
+      convoy demo
+      convoy demo --folder /tmp/digits --train-only
+    """
     require_extra()
     from training.demo import demo as run_demo
     from training.display import console_of_process
@@ -188,5 +199,6 @@ def require_extra() -> None:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"training needs {', '.join(missing)}, which the service does without: pip install 'convoy[training]'"
+            f"training needs {', '.join(missing)}, which the service does without: in Convoy's checkout, "
+            "pip install '.[training]'"
         )

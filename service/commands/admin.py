@@ -21,6 +21,7 @@ _admin = click.option(
     "--admin",
     default="localhost:8502",
     envvar="CONVOY_ADMIN",
+    show_envvar=True,
     show_default=True,
     help="Address of the admin API, host:port; the server opens it with --admin-port.",
 )
@@ -71,7 +72,13 @@ def _stub(address: str, *, when_late: str = _WAIT_LONGER) -> Iterator[pb_grpc.Ad
 @_admin
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def status(admin: str, as_json: bool) -> None:
-    """Show what a server serves, how it is routed, and what failed to load."""
+    """Show what a server serves, how it is routed, and what failed to load.
+
+    \b
+    Examples:
+      convoy status
+      convoy status --admin localhost:9502 --json
+    """
     from convoy.v1 import admin_pb2 as pb
     from google.protobuf.json_format import MessageToDict
 
@@ -104,6 +111,11 @@ def load(model: str, version: int | None, timeout_s: float, admin: str) -> None:
 
     The new version is verified, warmed up and checked beside the old one, which answers until then. If it cannot be
     served, the old one serves on and the command ends with 5.
+
+    \b
+    Examples:
+      convoy load photos
+      convoy load photos --version 7
     """
     from convoy.v1 import admin_pb2 as pb
 
@@ -119,7 +131,13 @@ def load(model: str, version: int | None, timeout_s: float, admin: str) -> None:
 @_timeout
 @_admin
 def unload(model: str, version: int | None, timeout_s: float, admin: str) -> None:
-    """Take MODEL, or one version of it, out of service. Calls that have begun are answered."""
+    """Take MODEL, or one version of it, out of service. Calls that have begun are answered.
+
+    \b
+    Examples:
+      convoy unload photos
+      convoy unload photos --version 6
+    """
     from convoy.v1 import admin_pb2 as pb
 
     with _stub(admin) as stub:

@@ -24,6 +24,11 @@ def inspect(version_dir: Path, as_json: bool) -> None:
 
     VERSION_DIR is <repository>/<model>/<number>. Checks every file against its SHA-256, the graph against the labels,
     and runs the canary images on the CPU; ends with 3 if anything is wrong.
+
+    \b
+    Examples:
+      convoy inspect models/photos/1
+      convoy inspect models/photos/1 --json
     """
     from service import artifact, canary, engine, providers
 

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 @options.tls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each version.")
 def models(server: str, timeout_s: float, tls: TlsFiles | None, as_json: bool) -> None:
-    """List what a running server serves."""
+    """List what a running server serves.
+
+    \b
+    Examples:
+      convoy models
+      convoy models --server gpu-box:8500 --json
+    """
     from convoy.v1 import image_classifier_pb2 as pb
     from google.protobuf.json_format import MessageToDict
     from rich.table import Table

@@ -18,7 +18,12 @@ VERSION = click.IntRange(1, 2**63 - 1)
 TOP_K = click.IntRange(1, 2**32 - 1)
 
 server = click.option(
-    "--server", default="localhost:8500", envvar="CONVOY_SERVER", show_default=True, help="Address, host:port."
+    "--server",
+    default="localhost:8500",
+    envvar="CONVOY_SERVER",
+    show_envvar=True,
+    show_default=True,
+    help="Address, host:port.",
 )
 timeout = click.option(
     "--timeout",

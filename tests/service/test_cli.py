@@ -76,6 +76,7 @@ def test_every_command_explains_itself(convoy, name):
 
     assert code == 0
     assert out.startswith("Usage: convoy " + name)
+    assert f"Examples:\n    convoy {name}" in out
     assert len(out) > 300
 
 
@@ -409,7 +410,7 @@ def test_without_the_training_extra_train_says_what_to_install():
     helped = run_script(script, "--help")
 
     assert done.returncode == 2
-    assert "pip install 'convoy[training]'" in only_line(done.stderr)
+    assert "pip install '.[training]'" in only_line(done.stderr)
     assert (helped.returncode, "train" in helped.stdout) == (0, True)
 
 

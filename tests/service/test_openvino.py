@@ -61,7 +61,7 @@ def test_without_the_extra_it_says_what_to_install():
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, timeout=60
     )
-    assert "pip install 'convoy[openvino]'" in done.stdout
+    assert "pip install '.[openvino]'" in done.stdout
 
 
 def test_streams_answer_at_the_same_time_and_right(device, version):

@@ -39,7 +39,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert "training needs torch" in done.stderr
-    assert "pip install 'convoy[training]'" in done.stderr
+    assert "pip install '.[training]'" in done.stderr
 
 
 def test_trains_and_says_what_to_type_next(digit_folder, tmp_path):

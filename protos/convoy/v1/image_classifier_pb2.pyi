@@ -387,7 +387,7 @@ class ModelSummary(_message.Message):
     provider: _builtins.str
     """Execution provider that really runs it, for instance "CPUExecutionProvider"."""
     is_default: _builtins.bool
-    """True for the version that answers when a request names none."""
+    """True for the version that gets most of the requests that name none."""
     def __init__(
         self,
         *,

@@ -36,13 +36,18 @@ class ImageClassifierStub:
       INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
                           is unusable; the message names each image by its position and says why.
       NOT_FOUND           no such model, or no such version of it.
-      RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).
-      UNAVAILABLE         overloaded or shutting down; try again, after the trailer `grpc-retry-pushback-ms` if present.
-      DEADLINE_EXCEEDED   the answer would have come too late. Set a deadline: the server schedules by it.
+      RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise), or the answer
+                          is larger than the client does (4 MiB in most libraries unless set), or there is too much metadata.
+      UNAVAILABLE         overloaded, shutting down or still loading; try again, after the trailer `grpc-retry-pushback-ms` if
+                          present.
+      DEADLINE_EXCEEDED   the answer would have come too late. Set a deadline: the server schedules by it. Without one it is
+                          10 s, and at most 60 s, unless configured otherwise.
       INTERNAL            a fault of the server. Quote the trailer `x-request-id` when reporting it.
 
     Metadata: `x-request-id` may be sent (at most 128 printable ASCII characters); it, or one made by the server, comes
-    back in the trailers and stands in the server's log.
+    back in the trailers and stands in the server's log. Calls that gRPC itself refuses for their size have none.
+
+    On the same port: `grpc.health.v1` (the services `readiness` and `liveness`), and reflection.
     """
 
     @_typing.overload
@@ -66,13 +71,18 @@ class ImageClassifierAsyncStub(ImageClassifierStub):
       INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
                           is unusable; the message names each image by its position and says why.
       NOT_FOUND           no such model, or no such version of it.
-      RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).
-      UNAVAILABLE         overloaded or shutting down; try again, after the trailer `grpc-retry-pushback-ms` if present.
-      DEADLINE_EXCEEDED   the answer would have come too late. Set a deadline: the server schedules by it.
+      RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise), or the answer
+                          is larger than the client does (4 MiB in most libraries unless set), or there is too much metadata.
+      UNAVAILABLE         overloaded, shutting down or still loading; try again, after the trailer `grpc-retry-pushback-ms` if
+                          present.
+      DEADLINE_EXCEEDED   the answer would have come too late. Set a deadline: the server schedules by it. Without one it is
+                          10 s, and at most 60 s, unless configured otherwise.
       INTERNAL            a fault of the server. Quote the trailer `x-request-id` when reporting it.
 
     Metadata: `x-request-id` may be sent (at most 128 printable ASCII characters); it, or one made by the server, comes
-    back in the trailers and stands in the server's log.
+    back in the trailers and stands in the server's log. Calls that gRPC itself refuses for their size have none.
+
+    On the same port: `grpc.health.v1` (the services `readiness` and `liveness`), and reflection.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -92,13 +102,18 @@ class ImageClassifierServicer(metaclass=_abc_1.ABCMeta):
       INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
                           is unusable; the message names each image by its position and says why.
       NOT_FOUND           no such model, or no such version of it.
-      RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise).
-      UNAVAILABLE         overloaded or shutting down; try again, after the trailer `grpc-retry-pushback-ms` if present.
-      DEADLINE_EXCEEDED   the answer would have come too late. Set a deadline: the server schedules by it.
+      RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise), or the answer
+                          is larger than the client does (4 MiB in most libraries unless set), or there is too much metadata.
+      UNAVAILABLE         overloaded, shutting down or still loading; try again, after the trailer `grpc-retry-pushback-ms` if
+                          present.
+      DEADLINE_EXCEEDED   the answer would have come too late. Set a deadline: the server schedules by it. Without one it is
+                          10 s, and at most 60 s, unless configured otherwise.
       INTERNAL            a fault of the server. Quote the trailer `x-request-id` when reporting it.
 
     Metadata: `x-request-id` may be sent (at most 128 printable ASCII characters); it, or one made by the server, comes
-    back in the trailers and stands in the server's log.
+    back in the trailers and stands in the server's log. Calls that gRPC itself refuses for their size have none.
+
+    On the same port: `grpc.health.v1` (the services `readiness` and `liveness`), and reflection.
     """
 
     @_abc_1.abstractmethod
