@@ -12,7 +12,7 @@ from torch import Tensor
 from service.errors import TrainingError
 from training.models.architecture import Classifier, within
 from training.models.registry import describe, published
-from training.models.weights_file import read_weights
+from training.models.weights_file import WeightsFile, read_weights
 
 _SHOWN = 8
 
@@ -95,7 +95,7 @@ def load_weights(
     replaced = {name for name in own if within(name, ignore)} | (set() if _counters(state) else _counters(own))
     wanted = {name: tensor for name, tensor in own.items() if name not in replaced}
     given = {name: tensor for name, tensor in state.items() if name not in skipped}
-    _compare(model, file.path, wanted, given)
+    _compare(model, file, wanted, given)
     _check_finite(file.path, given)
     model.load_state_dict(given, strict=False)  # names and shapes were compared above, with a better message
     return LoadReport(
@@ -154,22 +154,34 @@ def _counters(names: Iterable[str]) -> set[str]:
     return {name for name in names if name.endswith(".num_batches_tracked")}
 
 
-def _compare(model: Classifier, path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _compare(model: Classifier, file: WeightsFile, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     missing = tuple(name for name in own if name not in state)
     unexpected = tuple(name for name in state if name not in own)
     both = [name for name in own if name in state]
     mismatched = tuple(name for name in both if not _alike(own[name], state[name]))
     if not (missing or unexpected or mismatched):
         return
-    known = published(path.name)
-    hint = f" (the file is torchvision's {known[0].name})" if known and known[0].name != model.config.name else ""
     parts = [
         _list("missing in the file", missing, str),
         _list("unknown to the model", unexpected, str),
         _list("of another shape", mismatched, lambda n: f"{n} {_kind(state[n])} for {_kind(own[n])}"),
     ]
-    message = f"{path} does not fit this {model.config.name}{hint}: {'; '.join(part for part in parts if part)}"
+    listed = "; ".join(part for part in parts if part)
+    message = f"{file.path} does not fit this {model.config.name}{_origin(model, file)}: {listed}"
     raise WeightsMismatchError(message, missing, unexpected, mismatched)
+
+
+def _origin(model: Classifier, file: WeightsFile) -> str:
+    """Which other model the weights are from, where the file or its name says so."""
+    if file.model:
+        name, options = file.model
+        if name != model.config.name:
+            return f" (the file is of {name})"
+        own = model.config.options()
+        other = [f"model.options.{key}={value}" for key, value in options.items() if own.get(key) != value]
+        return f" (the file is of one with {', '.join(other)})" if other else ""
+    known = published(file.path.name)
+    return f" (the file is torchvision's {known[0].name})" if known and known[0].name != model.config.name else ""
 
 
 def _alike(own: Tensor, other: Tensor) -> bool:

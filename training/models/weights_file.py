@@ -40,12 +40,14 @@ class WeightsFile:
         state: its tensors on the CPU, by name.
         sha256: of the file, in hexadecimal.
         verified: the name carries a hash, and the file has it.
+        model: architecture and options of the model that they are from, where the file says so; empty otherwise.
     """
 
     path: Path
     state: Mapping[str, Tensor]
     sha256: str
     verified: bool
+    model: tuple[str, Mapping[str, Any]] | tuple[()] = ()
 
 
 def read_weights(path: Path, *, check_hash: bool = True) -> WeightsFile:
@@ -68,7 +70,7 @@ def read_weights(path: Path, *, check_hash: bool = True) -> WeightsFile:
     except OSError as error:
         source = f"; it is published at {WEIGHTS_URL}{path.name}" if published(path.name) else ""
         raise TrainingError(f"{path} cannot be read: {error.strerror or error}{source}") from error
-    return WeightsFile(path, _tensors(path, content), digest, wanted is not None)
+    return WeightsFile(path, _tensors(path, content), digest, wanted is not None, _model(content))
 
 
 def _hash_in(name: str) -> str | None:
@@ -110,6 +112,12 @@ def _instead(path: Path, content: Any) -> str:
         str(key) for key, value in content.items() if isinstance(value, Mapping) and any(map(_is_entry, value.items()))
     ]
     return f"; there are some under {', '.join(map(repr, inside))}: save that part alone" if inside else ""
+
+
+def _model(content: Any) -> tuple[str, Mapping[str, Any]] | tuple[()]:
+    """What checkpoints of `convoy train` say of the model beside its weights."""
+    name, options = (content.get(key) if isinstance(content, Mapping) else None for key in ("architecture", "options"))
+    return (name, options) if isinstance(name, str) and isinstance(options, Mapping) else ()
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:

@@ -116,6 +116,24 @@ def test_differences_are_listed_both_ways_and_the_model_stays(saved):
     assert equal(model.state_dict(), before)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"architecture": "resnet18", "options": {"width": 0.25}}, "resnet18 (the file is of one with "),
+        ({"architecture": "resnet34", "options": {"width": 0.25}}, "resnet18 (the file is of resnet34): "),
+        ({"architecture": "resnet18", "options": resnet().config.options()}, "resnet18: "),
+        ({"architecture": 18, "options": None}, "resnet18: "),
+    ],
+)
+def test_a_checkpoint_that_says_what_model_it_is_of_is_told_with_that(tmp_path, said, told):
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, {"model": resnet(classes=7).state_dict(), **said})
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_weights(resnet(), path)
+    assert f"does not fit this {told}" in str(caught.value)
+    assert ("model.options.width=0.25" in str(caught.value)) == ("one with" in told)
+
+
 def test_a_long_list_is_shortened_in_the_message_only(saved):
     path, state = saved(named(lambda key: f"x{key}"))
     with pytest.raises(WeightsMismatchError, match=r"layer1\.0\.bn1\.weight and 114 more") as caught:
