@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -78,6 +80,20 @@ def test_every_command_explains_itself(convoy, name):
     assert out.startswith("Usage: convoy " + name)
     assert f"Examples:\n    convoy {name}" in out
     assert len(out) > 300
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_its_examples_can_be_typed(convoy, name):
+    _, out, _ = convoy(name, "--help")
+    command = cli.cli.get_command(click.Context(cli.cli), name)
+    examples = re.findall(
+        rf"^ .*\bconvoy {name} ?(.*)", out.partition("Examples:")[2].partition("Options:")[0], re.MULTILINE
+    )
+    assert examples
+    for example in examples:
+        command.make_context(
+            name, shlex.split(example.partition(" > ")[0], comments=True)
+        )  # raises for what it does not take
 
 
 def test_help_lists_every_command_and_every_exit_code(convoy):
