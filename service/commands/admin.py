@@ -159,9 +159,9 @@ def route(model: str, versions: str, traffic: str | None, shadow: int | None, ti
 
     \b
     Examples:
-      convoy route photos --traffic 1=90,2=10     canary: one request in ten goes to version 2
-      convoy route photos --versions 1 --shadow 2 compare version 2 without answering from it
-      convoy route photos --versions 1            back to version 1
+      convoy route photos --traffic 1=90,2=10      # canary: one request in ten goes to version 2
+      convoy route photos --versions 1 --shadow 2  # compare version 2 without answering from it
+      convoy route photos --versions 1             # back to version 1
     """
     from convoy.v1 import admin_pb2 as pb
 
