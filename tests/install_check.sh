@@ -38,4 +38,4 @@ PY
 kill -TERM "$server"
 wait "$server"
 if venv/bin/convoy train nowhere 2>message; then exit 1; fi
-grep -q "convoy\[training\]" message
+grep -qF "pip install '.[training]'" message
