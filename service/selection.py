@@ -66,7 +66,12 @@ class Selector:
             table, passed = self._measure(version, wishes, name)
             engines = passed.engines or _executors(version, table, passed.loaded)
             self._tell(version, table, remembered=False)
-        engine.warm_up(engines)
+        try:
+            engine.warm_up(engines)
+        except BaseException:
+            for each in engines:
+                each.close()
+            raise
         return engines
 
     def table(self, version: ModelVersion, wishes: Wishes, *, refresh: bool = False) -> tuple[Table, bool]:

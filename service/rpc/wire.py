@@ -16,8 +16,13 @@ T = TypeVar("T")
 _SMALL_BYTES = 64 << 10
 
 # Protocol Buffers encoding, "Message structure": the last three bits of a tag.
-_VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
-_FIXED = {_I64: 8, _I32: 4}
+_VARINT, _LEN = 0, 2
+_FIXED = {
+    1: 8,
+    3: 0,
+    4: 0,
+    5: 4,
+}  # bytes of a double; of the start and the end of a group, which are tags alone; of a float
 _WIRE_TYPE = 7
 _MORE, _BITS, _LONGEST = 0x80, 0x7F, 10
 

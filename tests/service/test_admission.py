@@ -407,3 +407,38 @@ def test_where_there_is_no_room_no_call_may_send_its_message(admission, clock):
     hold(admission, 100)
 
     assert begins(admission, clock, 60, 160) == 0
+
+
+def test_a_flow_may_hold_just_as_much_as_is_left_free(admission):
+    hold(admission, 40)
+    hold(admission, 20)
+    with pytest.raises(OverloadedError):
+        hold(admission, 1)
+
+
+def test_low_priority_holds_half_as_many_bytes(admission):
+    hold(admission, 1, 300, priority=1)
+    with pytest.raises(OverloadedError) as caught:
+        hold(admission, 1, 51, priority=1)
+    assert caught.value.reason == "bytes"
+
+    hold(admission, 1, 50, priority=1)
+
+
+def test_a_forecast_that_all_but_fills_the_time_is_not_trusted(admission, clock):
+    answer_backlog(admission, clock, seconds_per_image=0.1)
+    hold(admission, 1)
+    forecast_s = admission.forecast_s("a", 1)
+    assert forecast_s == pytest.approx(0.2)
+    with pytest.raises(OverloadedError, match="deadline"):
+        hold(admission, 1, deadline=clock.now + 1.05 * forecast_s)
+
+    hold(admission, 1, deadline=clock.now + 2 * forecast_s)
+
+
+def test_who_is_refused_by_a_server_that_stops_need_not_wait(admission):
+    admission.drain()
+    with pytest.raises(DrainingError) as caught:
+        hold(admission, 1)
+
+    assert caught.value.retry_after_ms == 0

@@ -413,3 +413,46 @@ async def test_images_that_cannot_be_used_are_not_taken_for_answers(bench, monke
     await bench.ask(images)
 
     assert left == [answered]
+
+
+def recording(submit, seen):
+    def record(*arguments, **named):
+        seen.append((named.get("flow"), named["priority"]))
+        return submit(*arguments, **named)
+
+    return record
+
+
+async def test_model_and_priority_go_with_a_request_into_each_queue(bench, monkeypatch):
+    admitted, decoding, inferring = [], [], []
+    admit = bench.admission.admit
+    monkeypatch.setattr(bench.admission, "admit", lambda *place: admitted.append((place[0], place[4])) or admit(*place))
+    monkeypatch.setattr(bench.decoder, "submit", recording(bench.decoder.submit, decoding))
+    monkeypatch.setattr(bench.model.batcher, "submit", recording(bench.model.batcher.submit, inferring))
+    await bench.ask([toys.grey_png(9, (90, 90))], Query(priority=-1))
+
+    name = bench.model.name
+    assert (admitted, decoding) == ([(name, -1)], [(name, -1)])
+    assert [priority for _, priority in inferring] == [-1]
+
+
+async def test_a_shadow_waits_for_all_others(bench, monkeypatch):
+    inferring = []
+    monkeypatch.setattr(bench.model.batcher, "submit", recording(bench.model.batcher.submit, inferring))
+    deadline = time.monotonic() + 20
+    await bench.classifier.classify(bench.model, [toys.grey_png(9)], Query(priority=1), deadline, bench.model)
+    await toys.eventually(lambda: len(inferring) == 2)
+
+    (_, mine), (_, shadows) = inferring
+    assert mine == 1 < shadows
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_found_among_few_and_many(classes, odd):
+    logits = np.zeros((2, classes), np.float32)
+    logits[1, classes // 2] = odd
+    first, second = answers(Outputs(logits, np.full((2, classes), 1 / classes, np.float32)), Query())
+
+    assert first.best == 0
+    assert second.reason is ImageFault.NON_FINITE_OUTPUT

@@ -7,9 +7,9 @@ import pytest
 import structlog
 from variants import CLASSES, levels_image, machine, slowed, version_with, wrong
 
-from service import resources, sessions, trial
+from service import engine, resources, sessions, trial
 from service.candidates import Wishes
-from service.errors import ArtifactError, ConfigurationError, OutOfReachError, ProviderError
+from service.errors import ArtifactError, ConfigurationError, OutOfMemoryError, OutOfReachError, ProviderError
 from service.providers import CPU, OPENVINO, TENSORRT
 from service.selection import Selector, this_machine
 
@@ -309,3 +309,21 @@ def test_this_machine_is_described():
     assert here.cpus >= 1
     assert here.versions["onnxruntime"]
     assert sessions.missing(CPU) == ""
+
+
+def test_executors_that_cannot_be_warmed_up_are_let_go(tmp_path, selector, monkeypatch):
+    """On a GPU each holds page-locked memory, which nothing else gives back."""
+    version, built, closed = version_with(tmp_path, fp32=same), [], []
+
+    def fail(engines):
+        built.extend(engines)
+        for one in engines:
+            monkeypatch.setattr(one, "close", lambda one=one: closed.append(one))
+        raise OutOfMemoryError("no room for the largest batch")
+
+    monkeypatch.setattr(engine, "warm_up", fail)
+    with pytest.raises(OutOfMemoryError):
+        selector.build(version, ON_CPU)
+
+    assert len(built) == 2
+    assert closed == built

@@ -34,7 +34,7 @@ def test_fields_are_counted_as_they_are_written(images, model, top_k, score, ver
 
 
 @pytest.mark.parametrize(
-    "end", [b"", b"\x1a", b"\x1a\xff\xff\xff\xff\x7f", b"\x80" * 11, b"\x0b", b"\x0c", b"\x1a\x80"]
+    "end", [b"", b"\x1a", b"\x1a\xff\xff\xff\xff\x7f", b"\x80" * 11, b"\x0b", b"\x0c", b"\x0e", b"\x1a\x80"]
 )
 def test_what_is_damaged_is_left_to_the_parser(end):
     assert not wire.has_more_fields_than(padded(pb.ClassifyRequest()) + end, 10)
@@ -49,6 +49,16 @@ def test_millions_of_empty_fields_are_refused_without_being_parsed(field):
         parse(message)
 
     assert not parsed
+
+
+def test_a_group_hides_nothing():
+    """A form of old that parsers still skip; what comes behind it are fields like others."""
+    group = b"\x7b\x7c"  # field 15: its start, its end
+    message = group + b"\x1a\0" * LARGE
+    assert len(pb.ClassifyRequest.FromString(message).images) == LARGE
+
+    assert wire.has_more_fields_than(message, 300)
+    assert not wire.has_more_fields_than(padded(pb.ClassifyRequest()) + group, 3)
 
 
 def test_numbers_without_an_end_take_no_time():
