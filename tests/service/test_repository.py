@@ -283,6 +283,7 @@ async def test_a_refused_route_leaves_everything_as_it_was(root):
         assert served(repository) == before
         assert repository.get("grey").number == 1
         assert repository.routing("grey") == PINNED["grey"]
+        assert [engine.closed for engine in repository.engines].count(False) == len(before)
         await repository.route("grey", Routing("2"))  # what was given up is loaded again
         assert repository.get("grey").number == 2
 
@@ -400,6 +401,20 @@ async def test_the_only_version_that_answers_stays_when_its_directory_goes(root)
         await repository.poll()
 
         assert repository.get("grey").number == 2
+        assert list(repository.failures()) == []  # that it is gone is no failure to load it
+
+
+async def test_a_route_forgets_what_was_done_by_hand(root):
+    async with opened(root, names=("grey",), routings={"grey": Routing("all")}) as repository:
+        await repository.load_all()
+        await repository.unload("grey", 1)
+        await repository.poll()
+        assert served(repository) == [("grey", 2), ("grey", 10)]
+        await repository.route("grey", Routing("1,10"))
+        await repository.poll()
+        await repository.poll()  # the first leaves alone what was changed meanwhile
+
+        assert served(repository) == [("grey", 1), ("grey", 10)]
 
 
 async def test_what_was_loaded_by_hand_is_no_successor_of_a_version_that_goes(root):

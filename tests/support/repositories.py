@@ -22,14 +22,18 @@ class Clock:
 
 @asynccontextmanager
 async def opened(root, before_load=lambda gently: None, *, source=None, **options):
-    """A repository with toy engines, not loaded yet."""
-    metrics = Metrics()
+    """A repository with toy engines, which are listed in its `engines`; not loaded yet."""
+    metrics, engines = Metrics(), []
+
+    def build(version):
+        engines.append(toys.ToyEngine(len(version.manifest.classes)))
+        return engines[-1:]
 
     def load(path, gently):
         before_load(gently)
         return serving.load(
             path,
-            lambda version: [toys.ToyEngine(len(version.manifest.classes))],
+            build,
             metrics.model,
             window_s=0.0,
             codel_target_s=0.0,
@@ -39,7 +43,7 @@ async def opened(root, before_load=lambda gently: None, *, source=None, **option
         )
 
     repository = Repository(source or LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
-    repository.metrics, repository.registry = metrics, metrics.registry
+    repository.metrics, repository.registry, repository.engines = metrics, metrics.registry, engines
     try:
         yield repository
     finally:
