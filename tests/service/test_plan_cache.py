@@ -136,5 +136,24 @@ def test_another_canary_of_the_same_model_has_another_key(tmp_path, version):
     assert len({first, second, plan_cache.key(artifact.load(path), wishes, on)}) == 3
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts["canary"].update(tolerance=0.25),
+        lambda facts: facts["input"]["resize"].update(interpolation="bicubic"),
+    ],
+    ids=["tolerance", "input"],
+)
+def test_another_manifest_of_the_same_files_has_another_key(tmp_path, version, change):
+    """With another tolerance another variant passes; through another resize the canary's images are other ones."""
+    path = tmp_path / "1"
+    shutil.copytree(version.path, path)
+    facts = json.loads((path / artifact.MANIFEST).read_text())
+    change(facts)
+    (path / artifact.MANIFEST).write_text(json.dumps(facts))
+    changed = artifact.load(path)
+    assert plan_cache.key(changed, Wishes(), machine()) != plan_cache.key(version, Wishes(), machine())
+
+
 def test_the_budget_does_not_change_the_key(version):
     assert plan_cache.key(version, Wishes(budget_s=1), machine()) == plan_cache.key(version, Wishes(), machine())

@@ -171,6 +171,13 @@ def test_tensorrt_s_profile_spans_every_bucket(precision, fp16, int8):
     assert options["trt_timing_cache_path"] == "/cache/gpu/key"
 
 
+def test_tensorrt_lets_the_settings_win_but_for_the_gpu():
+    plan = Plan(TENSORRT, 1, precision="fp16", options={"trt_fp16_enable": "False", "trt_max_workspace_size": "1024"})
+    options = providers.tensorrt_options(plan, 1, shape=(8, 8, 1), input_name="image", buckets=(1,), cache=None)
+    assert (options["trt_fp16_enable"], options["trt_max_workspace_size"]) == ("False", "1024")
+    assert options["device_id"] == "1"
+
+
 def asked_of_tensorrt(options, tmp_path):
     """ONNX Runtime's binding reads TensorRT's options before it looks for the library, which need not be there."""
     quiet = ort.SessionOptions()
