@@ -56,15 +56,16 @@ class Admin(pb_grpc.AdminServicer):
         """Tells everything."""
         del request, context
         models: dict[str, pb.ModelStatus] = {}
+
+        def status_of(name: str) -> pb.ModelStatus:
+            if name not in models:
+                models[name] = pb.ModelStatus(model=name, routing=_message(self._repository.routing(name)))
+            return models[name]
+
         for served in self._repository:
-            status = models.setdefault(
-                served.name,
-                pb.ModelStatus(model=served.name, routing=_message(self._repository.routing(served.name))),
-            )
-            status.versions.append(summary(self._repository, served))
+            status_of(served.name).versions.append(summary(self._repository, served))
         for name, number, reason in self._repository.failures():
-            failures = models.setdefault(name, pb.ModelStatus(model=name)).failures
-            failures.append(pb.LoadFailure(version=number, reason=reason))
+            status_of(name).failures.append(pb.LoadFailure(version=number, reason=reason))
         return pb.GetStatusResponse(models=models.values())
 
 

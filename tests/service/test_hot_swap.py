@@ -110,6 +110,18 @@ async def test_a_version_that_fails_its_canary_changes_nothing(repository):
         assert "canary" in status.models[0].failures[0].reason
 
 
+async def test_of_a_model_that_cannot_be_served_the_status_has_reason_and_routing(repository):
+    async with Around(repository) as ends:
+        write_version(repository, "new", canary_shift=0.5)
+        await ends.server.repository.poll()
+        status = await ends.admin.GetStatus(admin_pb2.GetStatusRequest())
+        (new,) = (model for model in status.models if model.model == "new")
+
+        assert not new.versions
+        assert "canary" in new.failures[0].reason
+        assert new.routing.versions == "latest"
+
+
 async def test_a_failed_version_is_tried_again_only_when_its_files_change(repository):
     async with Around(repository) as ends:
         path = write_version(repository, "grey", 2, canary_shift=0.5)
