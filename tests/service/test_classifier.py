@@ -17,6 +17,7 @@ from service.classifier import Classifier, Query, answers
 from service.decode import decode_pool
 from service.engine import Outputs
 from service.errors import (
+    DeviceLostError,
     DrainingError,
     EngineError,
     ExpiredError,
@@ -46,7 +47,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0.0, size=8):
+async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0.0, size=8, on_device_lost=pytest.fail):
     metrics, admission = Metrics(), Admission(max_pending, 1 << 20)
     spec = InputSpec(height=size, width=size, channels=1, resize=Resize(mode="stretch"))
     version = toys.write_version(root, classes=engine.classes, spec=spec)
@@ -58,7 +59,7 @@ async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0
         codel_target_s=0.0,
         in_turn_s=in_turn_s,
         gently=False,
-        on_device_lost=pytest.fail,
+        on_device_lost=on_device_lost,
     )
     decoder = decode_pool(2, metrics.stage("decode"))
     decoder.start()
@@ -456,3 +457,18 @@ def test_one_value_that_is_not_finite_is_found_among_few_and_many(classes, odd):
 
     assert first.best == 0
     assert second.reason is ImageFault.NON_FINITE_OUTPUT
+
+
+async def test_a_lost_device_is_told_to_the_server_and_fails_the_request(tmp_path):
+    """Liveness depends on it: nothing else restarts a server whose GPU is gone."""
+    lost, engine = [], toys.ToyEngine()
+    async with classifying(tmp_path, engine, on_device_lost=lost.append) as bench:
+        engine.infer = lambda chunks: raising(DeviceLostError("an illegal memory access"))
+        with pytest.raises(DeviceLostError):
+            await bench.ask([toys.grey_png(9)])
+
+    assert [str(error) for error in lost] == ["an illegal memory access"]
+
+
+def raising(error):
+    raise error

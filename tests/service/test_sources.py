@@ -344,3 +344,15 @@ def test_a_place_is_no_pattern(tmp_path):
     toys.write_version(tmp_path / "r[1]", "other")
 
     assert source.models() == {"other": [1]}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_files_that_are_replaced_by_others_of_their_size_look_different(bucket, source, remote):
+    looked_at = source if remote else LocalSource(bucket)
+    before = looked_at.fingerprint("grey", 1)
+    assert looked_at.fingerprint("grey", 1) == before
+    file = bucket / "grey" / "1" / artifact.MODEL
+    file.write_bytes(bytes(file.stat().st_size))
+    os.utime(file, (1, 1))
+
+    assert looked_at.fingerprint("grey", 1) != before
