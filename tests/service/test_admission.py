@@ -442,3 +442,22 @@ def test_who_is_refused_by_a_server_that_stops_need_not_wait(admission):
         hold(admission, 1)
 
     assert caught.value.retry_after_ms == 0
+
+
+def test_as_much_as_was_just_answered_is_no_backlog(admission, clock):
+    first, second = hold(admission, 10), hold(admission, 10)
+    clock.now += 1
+    first.close()
+    clock.now += 100
+    second.close()
+    hold(admission, 10)
+    assert admission.forecast_s("a", 1) == 0
+
+
+def test_answers_that_leave_together_are_no_pace_of_their_own(admission, clock):
+    held = [hold(admission, 1) for _ in range(48)]
+    for number, request in enumerate(held):
+        clock.now += 0.08 if number % 8 == 0 else 0
+        request.close()
+    hold(admission, 9)
+    assert admission.forecast_s("a", 1) == pytest.approx(0.1, rel=0.2)

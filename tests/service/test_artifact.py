@@ -108,7 +108,7 @@ def test_a_file_outside_of_the_version_is_refused(version, path):
     raw = json.loads((version / artifact.MANIFEST).read_text())
     rewrite(version, files={**raw["files"], path: {"sha256": "0" * 64, "size_bytes": 1}})
 
-    with pytest.raises(ArtifactError, match="outside"):
+    with pytest.raises(ArtifactError, match="points outside of the version's directory"):
         artifact.load(version)
 
 
@@ -258,3 +258,20 @@ def test_an_input_describes_itself(height, width, channels, mode):
 
     assert spec.nbytes == height * width * channels
     assert f"{width}x{height}" in spec.describe()
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../grey/1/model.onnx", "a/../../b", "c:\\x"])
+def test_a_path_that_leads_out_is_refused_by_the_schema(version, path):
+    files = json.loads((version / artifact.MANIFEST).read_text())["files"]
+    entry = {"sha256": hashlib.sha256(b"").hexdigest(), "size_bytes": 0}
+    rewrite(version, files={**files, path: entry})
+    with pytest.raises(ArtifactError, match="points outside of the version's directory"):
+        artifact.read_manifest(version)
+
+
+def test_a_variant_may_have_a_tolerance_of_its_own(version):
+    raw = json.loads((version / artifact.MANIFEST).read_text())
+    raw["variants"][0]["canary_tolerance"] = 0.25
+    rewrite(version, variants=raw["variants"])
+    manifest = artifact.read_manifest(version)
+    assert (manifest.tolerance("model.onnx"), manifest.tolerance("other")) == (0.25, manifest.canary.tolerance)

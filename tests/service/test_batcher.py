@@ -524,3 +524,35 @@ async def test_a_standing_queue_is_shed_and_says_so(executor):
     assert sum(jobs for _, jobs in seen.drops) == len(shed)
     assert {future.exception().reason for future in shed} == {"codel"}
     assert all(future.exception().retry_after_ms for future in shed)
+
+
+async def test_what_expired_while_it_waited_casts_no_doubt_on_the_forecast(executor):
+    clock, doubts = Clock(), []
+
+    class Sizes(UpTo):
+        def doubt(self, images):
+            doubts.append(images)
+
+    async with batching(executor, sizes=Sizes(8), clock=clock) as batcher:
+        batcher.submit([0], 1, FOREVER)
+        await executor.began()
+        late = batcher.submit([1], 1, clock.now + 1)
+        clock.now += 2
+        executor.finish()
+        with pytest.raises(ExpiredError):
+            await answer(late)
+    assert not doubts
+
+
+async def test_a_later_part_that_is_quicker_shortens_nothing(executor):
+    clock = Clock()
+    async with batching(executor, sizes=UpTo(1), clock=clock) as batcher:
+        future = batcher.submit([0, 1], 2, FOREVER)
+        await executor.began()
+        clock.now += 5
+        executor.finish()
+        await executor.began()
+        clock.now += 1
+        executor.finish()
+        done = await future
+    assert (done.queue_s, done.run_s) == (5, 5)

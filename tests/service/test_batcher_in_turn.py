@@ -119,3 +119,17 @@ async def test_larger_batches_run_on_the_threads_of_the_other_executors(doubler)
     assert doubler.batches == [[0, 1], [1, 2, 3, 4]]
     assert here == {threading.get_ident()}
     assert len(doubler.threads) == 2
+
+
+async def test_the_loops_executor_belongs_to_the_loop_alone():
+    """An engine has one buffer: run by two threads, it would answer one caller with another one's image."""
+    loops, threads_ = Doubler(), Doubler()
+    both = Batcher([loops.run, threads_.run], sizes=AsTheyCome((1, 2, 4)), name="tiny", in_turn=2)
+    both.start()
+    await both.submit([1], 1, FOREVER)
+    await both.submit([1, 2, 3, 4], 4, FOREVER)
+    await both.close()
+
+    assert loops.threads == {threading.get_ident()}
+    assert threads_.threads.isdisjoint(loops.threads)
+    assert (loops.batches, threads_.batches) == ([[1]], [[1, 2, 3, 4]])

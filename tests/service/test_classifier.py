@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import toys
+from PIL import Image
 
 from service import classifier, serving
 from service.admission import Admission
@@ -17,6 +18,7 @@ from service.classifier import Classifier, Query, answers
 from service.decode import decode_pool
 from service.engine import Outputs
 from service.errors import (
+    CanaryError,
     DeviceLostError,
     DrainingError,
     EngineError,
@@ -472,3 +474,75 @@ async def test_a_lost_device_is_told_to_the_server_and_fails_the_request(tmp_pat
 
 def raising(error):
     raise error
+
+
+PHOTO = toys.encoded(Image.effect_noise((80, 80), 90), "PNG")  # no thumbnail
+
+
+async def test_a_shadow_is_in_use_before_its_copy_begins(bench):
+    held = []
+
+    class Used:
+        def __enter__(self):
+            held.append(True)
+
+        def __exit__(self, *_):
+            held.pop()
+
+    class Retired:
+        name, number, version, batcher = "grey", 2, bench.model.version, bench.model.batcher
+        in_use = staticmethod(Used)
+
+    bench.engine.pause()
+    deadline = time.monotonic() + 20
+    asking = asyncio.create_task(
+        bench.classifier.classify(bench.model, [toys.grey_png(1)], Query(), deadline, Retired())
+    )
+    await bench.engine.began()
+    assert held  # or it would be released while the answer is made, and its copy fail
+    bench.engine.resume()
+    await asking
+    await toys.eventually(lambda: not held)
+
+
+async def test_waiting_for_a_decoder_counts_as_waiting(bench, monkeypatch):
+    submit = bench.decoder.submit
+
+    async def waited(*args, **options):
+        done = await submit(*args, **options)
+        done.queue_s = 100.0
+        return done
+
+    monkeypatch.setattr(
+        bench.decoder, "submit", lambda *args, **options: asyncio.ensure_future(waited(*args, **options))
+    )
+    assert (await bench.ask([PHOTO])).timing.queue_s >= 100
+
+
+def loaded(root, engines, **options):
+    given = {"window_s": 0.0, "codel_target_s": 0.0, "in_turn_s": 0.0, **options}
+    return serving.load(root, lambda _: engines, Metrics().model, gently=False, on_device_lost=pytest.fail, **given)
+
+
+def test_engines_of_a_version_that_fails_its_canary_give_their_memory_back(tmp_path):
+    engines = [toys.ToyEngine(), toys.ToyEngine(nan_at=85)]
+    with pytest.raises(CanaryError):  # whichever executor it is that fails
+        loaded(toys.write_version(tmp_path), engines)
+
+    assert [engine.closed for engine in engines] == [True, True]
+
+
+def test_executors_that_would_get_no_batch_give_their_memory_back(tmp_path):
+    engines = [toys.ToyEngine() for _ in range(3)]
+    loaded(toys.write_version(tmp_path), list(engines), in_turn_s=1.0)
+
+    assert [engine.closed for engine in engines] == [False, True, True]
+
+
+async def test_a_version_that_is_used_for_too_long_is_released_all_the_same(tmp_path):
+    engine = toys.ToyEngine()
+    model, _ = loaded(toys.write_version(tmp_path), [engine])
+    model.batcher.start()
+    with model.in_use():
+        await model.release(0.01)
+    assert engine.closed

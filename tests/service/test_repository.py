@@ -546,6 +546,7 @@ async def test_a_poll_that_looked_before_a_load_does_not_go_back_behind_it(root)
         await repository.load_all()
         loading = await gate.hold(repository.load("other"))
         again = asyncio.create_task(repository.load("grey"))
+        await waiting_for_their_turn()
         polling = asyncio.create_task(repository.poll())
         await waiting_for_their_turn()
         toys.write_version(root, "grey", 11)
@@ -672,3 +673,41 @@ async def test_engines_are_closed_off_the_event_loop(root):
         await toys.eventually(lambda: threads)
 
         assert threads != [threading.main_thread()]
+
+
+async def test_an_unloaded_model_answers_again_when_all_that_its_routing_needs_is_there(root):
+    loads, second, go = itertools.count(), threading.Event(), threading.Event()
+
+    def before_load(_):
+        if next(loads) == 4:  # 1, 10 and the other at the start, then 1 and 10 again
+            second.set()
+            assert go.wait(toys.TIMEOUT_S)
+
+    async with opened(root, before_load, routings={"grey": Routing("1,10")}) as repository:
+        await repository.load_all()
+        await repository.unload("grey")
+        loading = asyncio.create_task(repository.load("grey"))
+        try:
+            assert await asyncio.to_thread(second.wait, toys.TIMEOUT_S)
+            with pytest.raises(ModelNotReadyError):
+                repository.get("grey")
+        finally:
+            go.set()
+        await loading
+        assert repository.get("grey").number == 10
+
+
+async def test_a_version_that_is_refused_for_its_name_gives_its_memory_back(root, monkeypatch):
+    engines = []
+
+    class Kept(toys.ToyEngine):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            engines.append(self)
+
+    monkeypatch.setattr(toys, "ToyEngine", Kept)
+    (root / "other").rename(root / "renamed")
+    async with opened(root, names=("renamed",)) as repository:
+        with pytest.raises(ArtifactError, match="the directory says renamed"):
+            await repository.load_all()
+        assert [engine.closed for engine in engines] == [True]

@@ -16,7 +16,8 @@ from repositories import Clock, damage, filled, opened, served, waiting_for_thei
 
 from service import artifact, loading
 from service.batcher import Batcher
-from service.errors import ConfigurationError, OutOfReachError
+from service.errors import ArtifactError, ConfigurationError, OutOfReachError
+from service.model_state import ModelState
 from service.routing import Routing
 from service.sources import LocalSource
 
@@ -412,3 +413,50 @@ async def test_memory_that_is_short_for_a_while_does_not_keep_a_version_out(root
 
         assert "not enough memory" in reason
         assert served(repository) == [("grey", 11)]
+
+
+def test_pauses_stop_growing():
+    state = ModelState(Routing())
+    for _ in range(20):
+        state.note_failure(1, OutOfReachError("away"), 0.0)
+
+    assert state.may_try_again(1, 300.0)
+
+
+async def test_a_version_that_failed_and_was_taken_away_is_tried_when_it_comes_back_as_it_was(root, tmp_path_factory):
+    broken, aside = False, tmp_path_factory.mktemp("aside") / "11"
+
+    def before_load(_):
+        if broken:
+            raise ArtifactError("broken")
+
+    async with opened(root, before_load, names=("grey",)) as repository:
+        await repository.load_all()
+        broken = True
+        path = toys.write_version(root, "grey", 11)
+        await repository.poll()
+        path.rename(aside)
+        await repository.poll()
+        broken = False
+        aside.rename(path)
+        await repository.poll()
+
+        assert served(repository) == [("grey", 11)]
+
+
+def test_a_model_that_was_unloaded_lacks_nothing():
+    state = ModelState(Routing(), present=[1], failed={1: "broken"})
+    assert state.lacking == [1]
+    state.unloaded = True
+    assert state.lacking == []
+
+
+def test_of_a_split_in_halves_the_newer_is_the_default():
+    old, new = object(), object()
+    assert ModelState(Routing(traffic={1: 0.5, 2: 0.5}), served={1: old, 2: new}).default() is new
+
+
+def test_a_version_is_no_shadow_of_itself():
+    old, new = object(), object()
+    state = ModelState(Routing(shadow=1), served={1: old, 2: new})
+    assert (state.shadow(new), state.shadow(old)) == (old, None)

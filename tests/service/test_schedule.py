@@ -292,3 +292,39 @@ def test_every_image_comes_out_exactly_once_or_its_job_is_reported(jobs, batch, 
         dead = job.abandoned or job.deadline < horizon
         assert images == ([] if dead else list(range(job.size)))
         assert sum(other is job for other in reported) == dead
+
+
+@given(deadlines=st.lists(st.integers(0, 9), min_size=65, max_size=80), seed=st.randoms())
+def test_whatever_is_discarded_the_earliest_of_the_others_goes_first(deadlines, seed):
+    queue = FairQueue()
+    numbers = {queue.push(job): job for job in (Job(deadline=d, name=str(i)) for i, d in enumerate(deadlines))}
+    for number in seed.sample(sorted(numbers), 50):
+        queue.discard(number)
+        del numbers[number]
+    taken = [part.job.deadline for part in queue.take(100, horizon=-1).parts]
+    assert taken == sorted(job.deadline for job in numbers.values())
+
+
+def test_who_was_ahead_and_comes_back_long_after_has_no_credit():
+    queue = FairQueue()
+    for _ in range(200):
+        queue.push(Job(name="b"), "b")
+    for _ in range(10):
+        queue.push(Job(name="a"), "a")
+    queue.take(100, horizon=0)
+    for _ in range(50):
+        queue.push(Job(name="a"), "a")
+
+    assert 9 <= names(queue.take(20, horizon=0)).count("a") <= 11
+
+
+def test_who_was_ahead_is_not_made_to_wait_once_the_queue_was_empty():
+    queue = FairQueue()
+    queue.push(Job(size=50, name="a"), "a")
+    for _ in range(2):
+        queue.push(Job(name="b"), "b")
+    queue.take(100, horizon=0)
+    for flow in ("a", "b") * 20:
+        queue.push(Job(name=flow), flow)
+
+    assert 9 <= names(queue.take(20, horizon=0)).count("a") <= 11

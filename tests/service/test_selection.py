@@ -9,8 +9,9 @@ from variants import CLASSES, levels_image, machine, slowed, version_with, wrong
 
 from service import engine, resources, sessions, trial
 from service.candidates import Wishes
+from service.engine import OrtEngine
 from service.errors import ArtifactError, ConfigurationError, OutOfMemoryError, OutOfReachError, ProviderError
-from service.providers import CPU, OPENVINO, TENSORRT
+from service.providers import CPU, CUDA, OPENVINO, TENSORRT
 from service.selection import Selector, this_machine
 
 ON_CPU = Wishes(providers=("cpu",), max_batch_size=8)
@@ -327,3 +328,49 @@ def test_executors_that_cannot_be_warmed_up_are_let_go(tmp_path, selector, monke
 
     assert len(built) == 2
     assert closed == built
+
+
+class Executor:
+    def __init__(self):
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+
+def trying(monkeypatch, outcome):
+    """Candidates that only exist here: `outcome(candidate)` is images per second, or why it failed. Their executors."""
+    made = []
+
+    def run(version, candidate, *_):
+        found = outcome(candidate)
+        if isinstance(found, str):
+            return trial.row(candidate, outcome="failed", note=found), None
+        made.append(Executor())
+        row = trial.row(candidate, outcome="slower", images_per_second=found)
+        return row, trial.Passed("a loaded model", [made[-1]])
+
+    monkeypatch.setattr(trial, "run", run)
+    return made
+
+
+def test_one_gpu_provider_that_fails_does_not_keep_auto_from_the_other(tmp_path, monkeypatch):
+    trying(monkeypatch, lambda candidate: "no kernel" if candidate.plan.provider == TENSORRT else 100.0)
+    selector = Selector(machine(gpus=("NVIDIA L4",)), tmp_path / "cache", nothing_missing)
+    table, _ = selector.table(version_with(tmp_path), Wishes())
+
+    assert table.chosen.provider == CUDA
+
+
+def test_what_was_tried_and_is_wrong_gives_its_memory_back(tmp_path, monkeypatch, selector):
+    closed, close = [], OrtEngine.close
+    monkeypatch.setattr(OrtEngine, "close", lambda one: closed.append(one) or close(one))
+    monkeypatch.setattr(trial, "images_per_second", pytest.fail)
+    monkeypatch.setattr(trial, "_canary_difference", failing)
+    with pytest.raises(ArtifactError):
+        selector.table(version_with(tmp_path), ON_CPU)
+    assert closed
+
+
+def failing(*_):
+    raise ArtifactError("wrong")
