@@ -124,7 +124,8 @@ def _open(listing: Listing, folder: Path) -> tuple[Dataset, list[Fault]]:
 
 
 def _key(listing: Listing, spec: InputSpec, min_side_pixels: int) -> str:
-    total = hashlib.sha256(f"{decoder_version()}\0{spec.model_dump_json()}\0{min_side_pixels}".encode())
+    facts = (decoder_version(), spec.model_dump_json(), min_side_pixels, listing.root.resolve())
+    total = hashlib.sha256("\0".join(map(str, facts)).encode(errors="surrogateescape"))
     for row, path in enumerate(listing.paths):
         try:
             status = listing.file(row).stat()

@@ -118,6 +118,7 @@ def _prepare_shards(
                 source,
                 spec,
                 cache_folder,
+                min_side_pixels=config.min_side_pixels,
                 validation=config.validation,
                 test=config.test,
                 seed=config.split_seed,

@@ -188,13 +188,21 @@ def _read_into(
 ) -> tuple[str, str] | None:
     try:
         data = file.read_bytes()
-        preprocess(data, spec, out=out)
-        header = read_header(data)
     except OSError as error:
         return "unreadable", str(error.strerror or error)
+    fault = decode_into(out, data, spec, min_side_pixels)
+    if fault is None:
+        digest[:] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), dtype=np.uint8)
+    return fault
+
+
+def decode_into(out: NDArray[np.uint8], data: bytes, spec: InputSpec, min_side_pixels: int) -> tuple[str, str] | None:
+    """Decodes an image into uint8[H, W, C]; reason and message if it is not to be used."""
+    try:
+        header = read_header(data)
+        preprocess(data, spec, out=out, header=header)
     except InvalidImageError as error:
         return error.reason.value, str(error)
-    digest[:] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), dtype=np.uint8)
     if min(header.width, header.height) < min_side_pixels:
         return "tiny", f"{header.width}x{header.height} pixels; the least is {min_side_pixels} on each side"
     return None

@@ -25,13 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.artifact import InputSpec
-from service.errors import DataError, InvalidImageError
-from service.preprocess import preprocess
+from service.errors import DataError
 from training.folders import one_by_one
 from training.labels import read_labels
 from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
-from training.read import Fault, channels_of, decoder_version
+from training.read import Fault, channels_of, decode_into, decoder_version
 from training.shards import Sample, ShardSet, find_shards, part_of, read_shard
 from training.tables import table_entries
 
@@ -106,6 +105,7 @@ def scan(
     spec: InputSpec,
     parent: Path,
     *,
+    min_side_pixels: int,
     validation: float,
     test: float,
     seed: int,
@@ -122,12 +122,12 @@ def scan(
     urls = find_shards(source)
     given = {part_of(url) for url in urls}
     shares = {p: 0.0 if p in given else s for p, s in ((VALIDATION, validation), (TEST, test))}
-    folder = parent / _key(urls, spec, shares, seed)
+    folder = parent / _key(urls, spec, min_side_pixels, shares, seed)
     try:
         with one_by_one(folder):
             if not folder.exists():
                 with _beside(folder) as fresh:
-                    _Scan(fresh, spec, shares, seed).run(urls, workers, advance)
+                    _Scan(fresh, spec, min_side_pixels, shares, seed).run(urls, workers, advance)
                     fresh.rename(folder)
     except OSError as error:
         raise DataError(f"what is held out of the shards cannot be written to {parent}: {error}") from error
@@ -149,9 +149,12 @@ def _beside(folder: Path) -> Iterator[Path]:
 class _Scan:
     """One pass over all shards, into a folder."""
 
-    def __init__(self, folder: Path, spec: InputSpec, shares: Mapping[int, float], seed: int) -> None:
+    def __init__(
+        self, folder: Path, spec: InputSpec, min_side_pixels: int, shares: Mapping[int, float], seed: int
+    ) -> None:
         self._folder = folder
         self._spec = spec
+        self._min_side_pixels = min_side_pixels
         self._shares = shares
         self._seed = seed
         self._sums = ChannelSums(spec.channels)
@@ -182,11 +185,10 @@ class _Scan:
             message = f"the sample has no {what}; what follows the first dot of a file's name is its type"
             fault = Fault(path, "incomplete", message)
             return _Seen(_SET_ASIDE, sample.label, path, digest, fault=fault)
-        try:
-            image = preprocess(sample.image, self._spec)
-        except InvalidImageError as error:
-            fault = Fault(path, error.reason.value, str(error))
-            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=fault)
+        image = np.empty(self._spec.shape, np.uint8)
+        unusable = decode_into(image, sample.image, self._spec, self._min_side_pixels)
+        if unusable:
+            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=Fault(path, *unusable))
         part = part_of(url)
         part = self._drawn(url, sample.key) if part == TRAIN else part
         if part == TRAIN:
@@ -313,16 +315,15 @@ def _class_names(source: Path) -> Sequence[str]:
     return read_labels(file) if file.is_file() else ()
 
 
-def _key(urls: Sequence[str], spec: InputSpec, shares: Mapping[int, float], seed: int) -> str:
-    total = hashlib.sha256(
-        f"{_FORMAT}\0{decoder_version()}\0{spec.model_dump_json()}\0{sorted(shares.items())}\0{seed}".encode()
-    )
+def _key(urls: Sequence[str], spec: InputSpec, min_side_pixels: int, shares: Mapping[int, float], seed: int) -> str:
+    facts = (_FORMAT, decoder_version(), spec.model_dump_json(), min_side_pixels, sorted(shares.items()), seed)
+    total = hashlib.sha256("\0".join(map(str, facts)).encode())
     for url in urls:
         system, path = fsspec.core.url_to_fs(url)
         try:
-            facts = system.info(path)
+            info = system.info(path)
         except OSError as error:
             raise DataError(f"shard {url} cannot be read: {error}") from error
-        changed = facts.get("mtime") or facts.get("ETag") or facts.get("LastModified")
-        total.update(f"{url}\0{facts.get('size')}\0{changed}\0".encode())
+        changed = info.get("mtime") or info.get("ETag") or info.get("LastModified")
+        total.update(f"{url}\0{info.get('size')}\0{changed}\0".encode())
     return total.hexdigest()[:16]

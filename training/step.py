@@ -117,9 +117,9 @@ class Stepper:
         return loss
 
     def trial(self, batch: Batch) -> Callable[[Precision], None]:
-        """Forward and backward on a copy of the model: what choosing a precision measures."""
-        model = copy.deepcopy(self.model).train()
-        mixed = Mixed(self._inputs(batch), batch.labels.to(self.device))
+        """Forward and backward on a copy of the model, of as many images as a step has at once: what is measured."""
+        model, piece = copy.deepcopy(self.model).train(), next(self._pieces(batch))
+        mixed = Mixed(self._inputs(piece), piece.labels.to(self.device))
 
         def run(precision: Precision) -> None:
             with autocast(precision, self.device):

@@ -63,8 +63,8 @@ def shards(tmp_path):
 
 
 def scanned(source, tmp_path, **options):
-    wanted = {"validation": 0.1, "test": 0.1, "seed": 0, "workers": 2, "advance": lambda _: None, **options}
-    return scan(source, SPEC, tmp_path / "cache", **wanted)
+    wanted = {"min_side_pixels": 1, "validation": 0.1, "test": 0.1, "seed": 0, "workers": 2, "advance": lambda _: None}
+    return scan(source, SPEC, tmp_path / "cache", **{**wanted, **options})
 
 
 def source_of(shards, batch_size=16, seed=0, group=None, buffer=25):
