@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from training import colour
 from training.augment import Augmenter
 from training.config import AugmentConfig
 from training.draws import Column, draws
@@ -63,3 +64,39 @@ def test_colour_strength_bounds_the_change(images):
     ratio = augmented[unit_range(images) > 0.1] / unit_range(images)[unit_range(images) > 0.1]
     assert ratio.max() <= 1.1 + 1e-5
     assert ratio.min() >= 0.9 - 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "change"),
+    [
+        ("brightness", "BRIGHTNESS", colour.brightness),
+        ("contrast", "CONTRAST", colour.contrast),
+        ("saturation", "SATURATION", colour.saturation),
+    ],
+)
+def test_each_change_of_colour_has_its_own_setting_and_its_own_draw(name, column, change):
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    row = torch.full((2, len(Column)), 0.5)
+    row[:, Column[column]] = 1.0
+    found = Augmenter(AugmentConfig(**STILL, **{name: 0.4}))(images, row)
+    torch.testing.assert_close(found, change(unit_range(images), torch.tensor([1.4, 1.4])), atol=1e-6, rtol=0)
+
+
+def test_what_is_erased_becomes_the_mean_colour_and_is_anywhere():
+    images = torch.randint(0, 256, (1, 40, 40, 3), dtype=torch.uint8) // torch.tensor([1, 2, 4], dtype=torch.uint8)
+    images = images.expand(3000, -1, -1, -1)
+    erased = Augmenter(AugmentConfig(**STILL, erasing=1.0))(images, draws(3000, 0, 0))
+    changed = (erased != unit_range(images)).any(1)
+    mean = unit_range(images[:1]).mean((2, 3))[0]
+    torch.testing.assert_close(erased[0][:, changed[0]].mean(1), mean)
+    rows, columns = changed.any(2), changed.any(1)
+    ratio = rows.sum(1) / columns.sum(1)
+    free = (rows.sum(1) > 4) & (columns.sum(1) > 4)
+    assert 2.6 < ratio[free].max() < 4  # sides of 1 to 3.3, and rounding to pixels
+    area = changed.float().mean((1, 2))
+    assert area.mean() == pytest.approx((0.02 + 1 / 3) / 2, abs=0.02)
+    middle = torch.stack([(m.float() * torch.arange(40)).sum(1) / m.sum(1) for m in (rows, columns)])
+    small = area < 0.1
+    assert abs(torch.corrcoef(middle[:, small])[0, 1]) < 0.2
+    assert middle[:, small].min() < 5
+    assert middle[:, small].max() > 34

@@ -4,6 +4,7 @@ import torch
 
 from training.batches import Examples, MemorySource, balancing_weights, batch_starts
 from training.distributed import Group
+from training.seeds import Purpose, derive
 
 SINGLE = Group()
 
@@ -101,3 +102,25 @@ def test_a_loop_that_leaves_early_stops_the_thread():
     next(batches)
     batches.close()
     assert next(batches, None) is None
+
+
+def test_an_image_is_changed_otherwise_in_each_epoch_and_by_each_seed():
+    def rows(seed, epoch):
+        found = {}
+        for batch in source_of(50, 8, seed=seed).batches(epoch, 0):
+            found |= {int(i): tuple(r) for i, r in zip(batch.images.flatten(), batch.uniform.tolist(), strict=True)}
+        return found
+
+    first = rows(0, 0)
+    for other in (rows(0, 1), rows(1, 0)):
+        assert all(first[image] != other[image] for image in first)
+
+
+def test_streams_of_purposes_epochs_and_seeds_are_apart():
+    seeds = [
+        derive(seed, purpose, *counters)
+        for seed in (0, 1, 2)
+        for purpose in Purpose
+        for counters in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    assert len(set(seeds)) == len(seeds)

@@ -5,8 +5,9 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from service.artifact import InputSpec
+from service.artifact import InputSpec, Resize
 from service.errors import DataError
 from training import cache
 from training.cache import choose, read_mapped
@@ -140,3 +141,46 @@ def test_a_full_disk_is_an_error_and_not_a_killed_process(digit_folder, tmp_path
     assert "DataError: the image cache" in done.stderr
     assert "File too large" in done.stderr
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_two_folders_with_files_of_the_same_names_sizes_and_times_have_two_caches(tmp_path):
+    bmp_folder(tmp_path / "one", 10)
+    bmp_folder(tmp_path / "two", 200)
+    assert cached(tmp_path / "one", tmp_path / "cache")[0].images[0].max() == 10
+    assert cached(tmp_path / "two", tmp_path / "cache")[0].images[0].min() == 200
+
+
+def bmp_folder(folder, value):
+    for label in "ab":
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 24), value, np.uint8)).save(folder / label / "0.bmp")
+        os.utime(folder / label / "0.bmp", (1, 1))
+
+
+def cached(folder, cache, spec=SPEC, **options):
+    return read_mapped(
+        list_images(folder), spec, cache, workers=1, advance=lambda _: None, **{"min_side_pixels": 1, **options}
+    )
+
+
+def test_a_file_that_was_changed_is_read_anew(tmp_path):
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    bmp_folder(images, 10)
+    assert cached(images, cache)[0].images[0].max() == 10
+    bmp_folder(images, 200)
+    os.utime(images / "a" / "0.bmp", (2, 2))  # as large as before, but newer
+    assert cached(images, cache)[0].images[0].min() == 200
+    file = images / "a" / "0.bmp"
+    Image.fromarray(np.full((21, 24), 77, np.uint8)).save(file)
+    os.utime(file, (2, 2))  # as old as before, but larger
+    assert cached(images, cache)[0].images[0].min() == 77
+
+
+def test_another_resize_rule_or_least_side_is_another_cache(tmp_path):
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    bmp_folder(images, 10)
+    cached(images, cache)
+    cached(images, cache, SPEC.model_copy(update={"resize": Resize(mode="crop", shorter_side=16)}))
+    faults = cached(images, cache, min_side_pixels=22)[1]
+    assert [fault.reason for fault in faults] == ["tiny", "tiny"]
+    assert len(list(cache.glob("*/pixels.npy"))) == 3

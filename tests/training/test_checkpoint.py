@@ -1,5 +1,7 @@
 import pickle
+import random
 import resource
+from contextlib import suppress
 
 import pytest
 import torch
@@ -76,3 +78,17 @@ def test_a_full_disk_is_said_in_the_words_of_the_operating_system(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_with_any_flipped_bit_is_damaged_or_as_it_was(tmp_path):
+    file = tmp_path / "last.pt"
+    checkpoint.save(file, {"step": 1, "model": {"a": torch.arange(100)}})
+    whole, draws, found = file.read_bytes(), random.Random(0), []
+    for _ in range(600):
+        damaged = bytearray(whole)
+        damaged[draws.randrange(len(whole))] ^= 1 << draws.randrange(8)
+        file.write_bytes(damaged)
+        with suppress(DataError):
+            found.append(checkpoint.load(file))
+    assert len(found) < 300  # where there is nothing but padding, or what the archive's reader does not need
+    assert all(state["step"] == 1 and torch.equal(state["model"]["a"], torch.arange(100)) for state in found)

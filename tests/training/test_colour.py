@@ -81,3 +81,13 @@ def test_each_image_has_its_own_factor():
     images = torch.full((2, 1, 4, 4), 0.4)
     result = colour.brightness(images, torch.tensor([0.5, 2.0]))
     assert result[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.8])
+
+
+def test_contrast_is_about_the_mean_of_the_luma():
+    pixels = np.zeros((8, 8, 3), np.uint8) + np.array([20, 200, 20], np.uint8)
+    pixels[:4] //= 2
+    picture = Image.fromarray(pixels)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    found = colour.contrast(tensor, torch.tensor([0.3])) * 255
+    wanted = np.asarray(ImageEnhance.Contrast(picture).enhance(0.3)).transpose(2, 0, 1)
+    assert np.abs(found[0].numpy() - wanted).max() <= 2

@@ -53,3 +53,10 @@ def test_a_file_that_a_table_lists_twice_stays_once(tmp_path):
     faults = find_duplicates(twice)
     assert [(row, fault.message) for row, fault in faults.items()] == [(2, "listed more than once")]
     assert twice.without(faults).usable.tolist() == [0, 1]
+
+
+def test_files_that_cannot_be_used_are_no_copies_of_each_other(tmp_path):
+    data = dataset_of(
+        tmp_path, ("a", -1, 0), ("b", -1, 0), ("a", -1, 1), ("b", -1, 2)
+    )  # no digest of what is unreadable
+    assert not find_duplicates(replace(data, usable=np.array([2, 3])))

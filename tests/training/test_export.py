@@ -11,9 +11,10 @@ from service import artifact, publication
 from service.artifact import InputSpec
 from service.errors import ArtifactError, ConfigurationError, DataError, TrainingError
 from service.preprocess import preprocess
-from training import package
+from training import gates, package, variants
 from training.export import export_version
 from training.runtime import Session
+from training.variants import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +228,39 @@ def test_a_model_with_another_number_of_outputs_than_labels_is_refused(digits_tr
     with pytest.raises(TrainingError, match=r"returns \[1, 10\] for 1 images, not logits of 2 classes"):
         export_version(wrong, tmp_path, batches=(1,), variants=())
     assert not files_under(tmp_path)
+
+
+def test_variants_are_calibrated_by_training_images_and_judged_by_held_out_ones(digits_trained, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(variants, "build", lambda names, baseline, *_, **__: seen.append(baseline) or Outcome())
+    version = export_version(digits_trained, tmp_path, batches=(1, 3))
+    (baseline,) = seen
+    assert baseline.calibration is digits_trained.calibration
+    assert baseline.holdout is digits_trained.holdout
+    assert baseline.labels is digits_trained.holdout_labels
+    assert baseline.batches == (1, 3)
+    files = sorted((version / "canary").iterdir())
+    assert len(baseline.canary) == len(files) == len(digits_trained.canary)
+    np.testing.assert_array_equal(baseline.canary, digits_trained.holdout[: len(files)])
+
+
+def test_the_graph_is_compared_at_every_size_that_was_asked_for(digits_trained, tmp_path, monkeypatch):
+    asked, plain = [], gates.check_parity
+
+    def check(session, wanted, pixels, batches, *rest):
+        asked.append((tuple(batches), len(pixels)))
+        return plain(session, wanted, pixels, batches, *rest)
+
+    monkeypatch.setattr(gates, "check_parity", check)
+    export_version(digits_trained, tmp_path, variants=(), batches=(1, 2, 5))
+    assert asked == [((1, 2, 5), 5)]
+
+
+def test_a_graph_that_breaks_the_contract_is_not_published(digits_trained, tmp_path, monkeypatch):
+    from training.runtime import Session, Signature
+
+    plain = Session.signature.fget
+    monkeypatch.setattr(Session, "signature", property(lambda self: Signature(plain(self).inputs, {})))
+    with pytest.raises(ArtifactError):
+        export_version(digits_trained, tmp_path, variants=())
+    assert not list(tmp_path.glob("*/*"))

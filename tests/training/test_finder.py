@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,3 +72,34 @@ def test_suggests_a_rate_at_which_the_loss_falls(digit_data, tmp_path):
 def test_a_model_that_cannot_start_is_said_so(digit_data):
     with pytest.raises(TrainingError, match="smallest learning rates"):
         sweep_of(digit_data, optimiser={"name": "sgd", "momentum": 0.0, "weight_decay": 1e12})
+
+
+class Canned:
+    """A stepper whose losses are known."""
+
+    def __init__(self, losses):
+        self.losses, self.fixed_rate = losses, None
+
+    def begin(self, *_):
+        pass
+
+    def train(self):
+        pass
+
+    def __call__(self, batch, step):
+        return torch.tensor(self.losses[step])
+
+
+ENDLESS = SimpleNamespace(batches=lambda epoch, first: iter([None]))
+
+
+def test_rates_rise_by_one_factor_from_the_lowest_to_the_highest():
+    found = sweep(Canned([1.0] * 30), ENDLESS, Phase("all", 1), steps=30)
+    np.testing.assert_allclose(found.rates, np.geomspace(LOWEST, HIGHEST, 30))
+    np.testing.assert_allclose(found.smooth, 1)
+
+
+def test_the_sweep_ends_when_the_loss_has_grown_fourfold():
+    found = sweep(Canned([1.0] * 20 + [2.0**n for n in range(20)]), ENDLESS, Phase("all", 1), steps=40)
+    assert len(found.rates) < 40
+    assert found.smooth[-1] > 4 * found.smooth.min() >= found.smooth[-2]

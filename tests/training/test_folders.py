@@ -105,3 +105,8 @@ def test_results_are_not_written_among_the_images(tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(TrainingError, match=r"log\.csv cannot be written: No such file"), writing(tmp_path):
         (tmp_path / "gone" / "log.csv").write_text("")
+
+
+def test_a_new_run_comes_after_all_others_whatever_was_removed(tmp_path):
+    (tmp_path / "5").mkdir()
+    assert new_run(tmp_path, Experiment()).name == "6"

@@ -153,3 +153,19 @@ def test_large_images_are_not_compared_by_the_gigabyte() -> None:
     assert gates.batches_of(28, 28) == gates.batches_of(299, 299) == gates.BATCHES
     assert gates.batches_of(1024, 1024) == (1, 2, 7, 9)
     assert gates.batches_of(4096, 4096) == (1, 2, 7)
+
+
+def test_a_probability_that_is_off_by_half_a_percent_is_refused():
+    """The logits are within their limit beside a large one that no probability shows."""
+    with pytest.raises(TrainingError, match=r"probabilities by up to 0\.00\d+ \(allowed 0\.001\)"):
+        judged([[1.02, 0, -30]], [[1, 0, -30]])
+
+
+def test_a_logit_that_is_off_by_one_percent_is_refused():
+    with pytest.raises(TrainingError, match=r"logits by up to 0\.5 \(allowed 0\.05\)"):
+        judged([[50, 0, -20.5]], [[50, 0, -20]])
+
+
+def test_differences_of_rounding_pass():
+    judged([[50.01, 0, -20.01]], [[50, 0, -20]])
+    judged([[1.0005, 0, -1]], [[1, 0, -1]])

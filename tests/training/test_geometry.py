@@ -9,6 +9,7 @@ from training.config import AugmentConfig
 from training.draws import Column, draws
 from training.geometry import Geometry
 from training.pixels import unit_range
+from training.trivial import Operation, geometric_operations
 
 STILL = {"rotation_degrees": 0, "translation": 0, "scale": 0}
 
@@ -143,3 +144,46 @@ def test_an_image_has_its_fate_whatever_its_batch():
     together = geometry.resample(unit_range(images), draw)
     alone = torch.cat([geometry.resample(unit_range(images[i : i + 1]), draw[i : i + 1]) for i in range(6)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def drawn(operation, magnitude=1.0, direction=0.9):
+    return uniform(OPERATION=(operation + 0.5) / len(Operation), MAGNITUDE=magnitude, DIRECTION=direction)
+
+
+@pytest.mark.parametrize("fill", ["zeros", "border", "reflection"])
+def test_whole_pixel_shifts_are_the_same_where_other_changes_resample(fill):
+    """Both ways to move have to agree in every direction: rows by the draw of rows, columns by that of columns."""
+    images = torch.randint(0, 256, (30, 9, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = AugmentConfig(**STILL, crop_padding=3, fill=fill)
+    turning = AugmentConfig(**{**STILL, "rotation_degrees": 1e-6}, crop_padding=3, fill=fill)
+    row = draws(30, 0, 0)
+    gathered = unit_range(Geometry(plain).gather(images, row))
+    torch.testing.assert_close(Geometry(turning).resample(unit_range(images), row), gathered, atol=1e-3, rtol=0)
+
+
+def test_crops_lie_anywhere_and_have_the_aspect_that_is_promised():
+    config = AugmentConfig(**STILL, crop_area=0.2)
+    matrices = Geometry(config).matrices(draws(4000, 0, 0), torch.Size([4000, 3, 64, 64]))
+    x, y = matrices[:, 0, 2], matrices[:, 1, 2]
+    assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 0.1
+    aspect = matrices[:, 0, 0] / matrices[:, 1, 1]
+    inner = (matrices[:, 0, 0] < 0.99) & (matrices[:, 1, 1] < 0.99)
+    assert aspect[inner].max() == pytest.approx(4 / 3, abs=0.01)
+    assert aspect[inner].min() == pytest.approx(3 / 4, abs=0.01)
+    area = matrices[:, 0, 0] * matrices[:, 1, 1]
+    assert area.min() == pytest.approx(0.2, abs=0.01)
+    assert area.mean() == pytest.approx(0.6, abs=0.02)
+
+
+def test_the_operation_of_trivial_augment_is_composed_with_the_other_changes():
+    both = AugmentConfig(**{**STILL, "rotation_degrees": 40}, horizontal_flip=True, trivial_augment=True)
+    alone = both.model_copy(update={"trivial_augment": False})
+    shape = torch.Size([1, 1, 12, 20])
+    row = drawn(Operation.TRANSLATE_X)
+    row[:, Column.ANGLE], row[:, Column.FLIP_X] = 0.9, 0.1
+
+    def square(matrix):
+        return torch.cat([matrix[0], torch.tensor([[0.0, 0, 1]])])
+
+    expected = square(Geometry(alone).matrices(row, shape)) @ square(geometric_operations(row, 12 / 20))
+    torch.testing.assert_close(square(Geometry(both).matrices(row, shape)), expected)

@@ -21,9 +21,9 @@ from service import artifact
 from service.artifact import Weights
 from service.errors import ArtifactError, ConfigurationError, TrainingError
 from service.preprocess import preprocess
-from training import import_cli
+from training import gates, import_cli
 from training.conventions import PRESETS, Request
-from training.importer import import_version
+from training.importer import guess_scores, import_version
 from training.runtime import Session
 
 CLASSES = ["cat", "dog", "bird", "fish", "crane"]
@@ -803,3 +803,26 @@ def test_every_choice_of_the_command_is_a_field_of_the_request():
     flags = {p.name for p in import_cli.import_model.params} - {"repository", "source", "licence"}
 
     assert flags == fields - {"weights"}
+
+
+def test_what_is_imported_is_compared_at_every_batch_size(tmp_path, request_for, repository, monkeypatch):
+    exported(tmp_path / "net.onnx")
+    asked, plain = [], gates.check_parity
+
+    def check(session, wanted, pixels, batches, *rest):
+        asked.append(tuple(batches))
+        return plain(session, wanted, pixels, batches, *rest)
+
+    monkeypatch.setattr(gates, "check_parity", check)
+    import_version(request_for(), repository)
+    assert asked == [gates.BATCHES]
+
+
+@pytest.mark.parametrize(("total", "known"), [(1.009, True), (1.05, False), (0.95, False)])
+def test_probabilities_add_up_to_one_within_a_hundredth(total, known):
+    answers = np.array([[0.7, 0.2, total - 0.9], [0.5, 0.3, total - 0.8]], np.float32)
+    if known:
+        assert guess_scores(answers) == "probabilities"
+    else:
+        with pytest.raises(ConfigurationError, match="do not add up to 1"):
+            guess_scores(answers)

@@ -10,10 +10,14 @@ from training import checkpoint
 from training.assemble import build_source, build_stepper, build_trainer
 from training.config import Experiment
 from training.distributed import Group
+from training.evaluate import evaluate
 from training.folders import LAST
 from training.loop import BEST, StoppedError
-from training.models import describe
+from training.models import create, describe
 from training.phases import Phase
+from training.pixels import unit_range
+from training.schedule import rate
+from training.threads import limited_to
 from training.transfer import plan
 
 SMALL = {"model": {"name": "lenet5", "options": {"dropout": 0.2}}, "loop": {"epochs": 3, "precision": "float32"}}
@@ -37,11 +41,16 @@ def merged(base, extra):
     return {key: {**base.get(key, {}), **extra.get(key, {})} for key in {*base, *extra}}
 
 
-def trainer_of(data, folder, **tree):
+def parts_of(data, folder, phases=None, group=None, **tree):
+    """A stepper, and a trainer of it."""
     experiment = Experiment.model_validate(merged(SMALL, tree))
-    entry = describe("lenet5")
+    entry, group = describe("lenet5"), group or Group()
     stepper, _ = build_stepper(experiment, entry, data, Group())
-    return build_trainer(experiment, data, stepper, plan(experiment, entry), folder, Group())
+    return stepper, build_trainer(experiment, data, stepper, phases or plan(experiment, entry), folder, group)
+
+
+def trainer_of(data, folder, **tree):
+    return parts_of(data, folder, **tree)[1]
 
 
 def weights_of(trainer):
@@ -196,3 +205,116 @@ def test_without_validation_the_newest_is_the_best(digit_data, tmp_path):
     trainer.fit(Notes())
     assert trainer.progress.best_epoch == 3
     assert "val_loss" not in trainer.progress.history[-1]
+
+
+class Voting(Group):
+    """Two processes, of which the other one has been told to stop."""
+
+    def from_main(self, make):
+        return make()
+
+    def any(self, flag):
+        return True
+
+    def sum(self, values):
+        return values
+
+
+def test_what_a_run_goes_on_with_is_what_it_began_with(digit_data, tmp_path):
+    trainer_of(digit_data, tmp_path, loop={"epochs": 1}).fit(Notes())
+    trainer_of(digit_data, tmp_path, loop={"epochs": 1}).resume()
+    dataset = dataclasses.replace(digit_data.dataset, digests=digit_data.dataset.digests[::-1].copy())
+    other = dataclasses.replace(digit_data, dataset=dataset)
+    with pytest.raises(TrainingError, match="images were added, removed or changed"):
+        trainer_of(other, tmp_path, loop={"epochs": 1}).resume()
+    with limited_to(2), pytest.raises(TrainingError, match="threads was 1, and is 2"):
+        trainer_of(digit_data, tmp_path, loop={"epochs": 1}).resume()
+    experiment = Experiment.model_validate(merged(SMALL, {"loop": {"epochs": 1}}))
+    entry = describe("lenet5")
+    stepper, _ = build_stepper(experiment, entry, digit_data, Group())
+    trainer = build_trainer(experiment, digit_data, stepper, plan(experiment, entry), tmp_path, Voting(0, 2))
+    with pytest.raises(TrainingError, match="processes was 1, and is 2"):
+        trainer.resume()
+
+
+def test_a_stem_follows_normalised_training_images_and_many_of_them(digit_data):
+    settings = Experiment.model_validate({"model": {"name": "resnet8", "options": {"width": 0.25}}})
+    stepper, _ = build_stepper(settings, describe("resnet8"), digit_data, Group())
+    model = create("resnet8", 10, 1, width=0.25)
+    model.adapt_to(digit_data.normalise(unit_range(torch.from_numpy(digit_data.training_sample(512)))))
+    torch.testing.assert_close(stepper.model.stem.weight.detach(), model.stem.weight.detach())
+
+
+def test_a_step_has_as_many_images_in_memory_as_its_pieces():
+    loop = Experiment.model_validate({"loop": {"batch_size": 65, "accumulate": 4}}).loop
+    assert loop.images_at_once == 17
+
+
+def test_each_phase_has_a_schedule_of_its_own_and_its_own_peak(digit_data, tmp_path):
+    loop = {"epochs": 5, "ema_decay": 0, "precision": "float32", "stuck_epochs": 0}
+    experiment = Experiment.model_validate(merged(SMALL, {"optimiser": {"learning_rate": 0.01}, "loop": loop}))
+    stepper, _ = build_stepper(experiment, describe("lenet5"), digit_data, Group())
+    phases = (Phase("first", 2), Phase("all", 3, peak=0.5))
+    trainer = build_trainer(experiment, digit_data, stepper, phases, tmp_path, Group())
+    notes, seen = Notes(), []
+    notes.step = lambda images, loss: seen.append(stepper.learning_rate)
+    trainer.fit(notes)
+    per = len(seen) // 5
+    expected = [
+        peak * rate(experiment.schedule, step, epochs * per)
+        for peak, epochs in ((0.01, 2), (0.005, 3))
+        for step in range(epochs * per)
+    ]
+    assert seen == pytest.approx(expected)
+
+
+def test_an_epoch_that_is_the_best_is_known_so_after_a_crash(digit_data, tmp_path):
+    trainer = trainer_of(digit_data, tmp_path, loop={"epochs": 1})
+    trainer.fit(Notes())
+    assert checkpoint.load(tmp_path / "last.pt")["progress"]["best_epoch"] == 1
+
+
+def test_all_processes_stop_when_one_of_them_is_told_to(digit_data, tmp_path):
+    _, trainer = parts_of(digit_data, tmp_path, group=Voting(0, 1), loop={"epochs": 1})
+    with pytest.raises(StoppedError):
+        trainer.fit(Notes(), lambda: False)
+    assert trainer.progress.step == 1
+
+
+def test_what_is_validated_and_kept_is_the_average(digit_data, tmp_path):
+    stepper, trainer = parts_of(digit_data, tmp_path, loop={"epochs": 1, "ema_decay": 0.99})
+    notes = Notes()
+    trainer.fit(notes)
+    average, kept = stepper.average.model, checkpoint.load(tmp_path / BEST)
+    assert identical(kept["model"], average.state_dict())
+    assert not identical(kept["model"], stepper.model.state_dict())
+    losses = [
+        evaluate(model, digit_data.examples("validation"), digit_data.normalise).loss
+        for model in (average, stepper.model)
+    ]
+    assert notes.history[-1]["val_loss"] == pytest.approx(losses[0])
+    assert abs(losses[0] - losses[1]) > 1e-4
+    assert (kept["mean"], kept["std"]) == (digit_data.normalise.mean, digit_data.normalise.std)
+
+
+def test_a_run_that_stands_between_its_phases_begins_the_next_afresh(digit_data, tmp_path):
+    """There the checkpoint still holds the optimiser of the phase before."""
+
+    def trainer_in(folder):
+        folder.mkdir(exist_ok=True)
+        phases, loop = (Phase("a", 1), Phase("b", 1)), {"epochs": 2, "ema_decay": 0}
+        return parts_of(digit_data, folder, phases, loop=loop)[1]
+
+    class Dying(Notes):
+        def epoch(self, history):
+            raise KeyboardInterrupt  # after the checkpoint of the first epoch
+
+    trainer_in(tmp_path / "whole").fit(Notes())
+    with pytest.raises(KeyboardInterrupt):
+        trainer_in(tmp_path / "parts").fit(Dying())
+    again = trainer_in(tmp_path / "parts")
+    again.resume()
+    assert (again.progress.epoch, again.progress.batch) == (1, 0)
+    again.fit(Notes())
+    whole, parts = (checkpoint.load(tmp_path / name / LAST)["stepper"]["model"] for name in ("whole", "parts"))
+    assert identical(whole, parts)

@@ -70,3 +70,36 @@ def test_decay_in_the_gradient_is_weaker_than_apart_from_it(name, decay):
     assert proven_decay(OptimiserConfig(name=name, weight_decay=0.02)) == 0.02
     optimiser = build_optimiser(Phase("all", 1).groups(nn.Linear(2, 2)), OptimiserConfig(name=name))
     assert {group["weight_decay"] for group in optimiser.param_groups} == {0.0, decay}
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_adam_is_pytorchs_with_the_betas_that_were_asked_for(name, theirs):
+    torch.manual_seed(0)
+    ours, plain = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    plain.load_state_dict(ours.state_dict())
+    mine = build_optimiser(Phase("all", 1).groups(ours), OptimiserConfig(name=name, weight_decay=0.1, momentum=0.8))
+    mine.param_groups[0]["lr"] = 0.1
+    other = theirs(plain.parameters(), lr=0.1, betas=(0.8, 0.999), weight_decay=0.1)
+    for step in range(5):
+        for model, optimiser in ((ours, mine), (plain, other)):
+            optimiser.zero_grad()
+            model(torch.arange(6.0).view(2, 3) - step).square().sum().backward()
+            optimiser.step()
+    torch.testing.assert_close(ours.weight, plain.weight)
+
+
+def test_the_average_has_the_statistics_of_batchnorm_and_its_decay_rises():
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    average = Average(net, 0.99)
+    expected = net[0].running_mean.clone()
+    for step in range(60):
+        net[0].running_mean.add_(1.0)
+        average.update(step)
+        decay = min(0.99, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * net[0].running_mean
+    torch.testing.assert_close(average.model[0].running_mean, expected)
+
+
+def test_proven_rate_of_sgd_from_weights_is_smaller():
+    tree = {"optimiser": {"name": "sgd"}, "transfer": {"weights": "x.pth"}}
+    assert peak_rate(Experiment.model_validate(tree)) == 0.01

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from service.artifact import InputSpec, Resize
@@ -12,8 +13,9 @@ from service.preprocess import preprocess
 from training.config import Experiment, InputConfig
 from training.display import Display
 from training.distributed import Group
-from training.models import describe
-from training.prepare import prepare, train_spec
+from training.models import create, describe
+from training.pixels import channel_statistics
+from training.prepare import input_spec, prepare, train_spec
 
 SPEC = InputSpec(height=224, width=224, channels=3, resize=Resize(shorter_side=256))
 
@@ -97,3 +99,41 @@ def test_images_that_vanish_between_the_two_readings_are_said_so(digit_folder, t
 
     with pytest.raises(DataError, match=r"3/\d+\.png could be read a moment ago"):
         prepared(experiment(), images, tmp_path / "cache", Vanishing(Console(file=io.StringIO())))
+
+
+def ready(digit_folder, tmp_path, **tree):
+    settings = Experiment.model_validate({"model": {"name": "lenet5"}, "input": {"size": 16}, **tree})
+    return prepare(settings, describe("lenet5"), digit_folder, tmp_path, Display(Console(file=io.StringIO())), Group())
+
+
+def test_pixels_are_normalised_by_the_training_part_alone(digit_folder, tmp_path):
+    data = ready(digit_folder, tmp_path, data={"validation": 0.3, "test": 0.3})
+    trained = channel_statistics(data.dataset.images, data.split.train)
+    assert (data.normalise.mean, data.normalise.std) == trained
+    assert trained != channel_statistics(data.dataset.images, data.dataset.usable)
+
+
+def test_pixels_are_normalised_as_the_weights_were_where_there_are_some(digit_folder, tmp_path):
+    state = {"model": create("lenet5", 3, 1).state_dict(), "mean": (0.25,), "std": (0.5,)}
+    torch.save(state, tmp_path / "best.pt")
+    data = ready(digit_folder, tmp_path, transfer={"weights": str(tmp_path / "best.pt")})
+    assert (data.normalise.mean, data.normalise.std) == ((0.25,), (0.5,))
+
+
+def test_int8_is_calibrated_with_training_images_of_all_classes(digit_folder, tmp_path):
+    data = ready(digit_folder, tmp_path)
+    trained = {image.tobytes() for image in data.dataset.images[data.split.train]}
+    sample = data.calibration(60)
+    assert {image.tobytes() for image in sample} <= trained
+    place = {
+        image.tobytes(): int(data.dataset.labels[row])
+        for row, image in zip(data.split.train, data.dataset.images[data.split.train], strict=True)
+    }
+    assert {place[image.tobytes()] for image in sample} == set(range(10))
+
+
+def test_the_shorter_side_keeps_its_proportion_to_the_size():
+    entry = describe("resnet18")
+    spec = input_spec(InputConfig(size=112), entry, 3, {})
+    assert (spec.height, spec.resize.shorter_side) == (112, 128)
+    assert input_spec(InputConfig(size=112, shorter_side=120), entry, 3, {}).resize.shorter_side == 120

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -127,3 +129,40 @@ def test_formats_that_cannot_be_read_are_left_out_with_their_paths(tmp_path):
     save(tmp_path / "a" / "scan.tif", 3)
     _, faults = read_images(list_images(tmp_path), SPEC)
     assert [(fault.path, fault.reason) for fault in faults] == [("a/scan.tif", "unsupported_format")]
+
+
+def test_an_image_of_the_least_side_is_used(tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 9), dtype=np.uint8)).save(
+            tmp_path / label / "0.png"
+        )
+    assert not read_images(list_images(tmp_path), SPEC, min_side_pixels=4)[1]
+    assert len(read_images(list_images(tmp_path), SPEC, min_side_pixels=5)[1]) == 2
+
+
+def test_images_with_a_palette_are_coloured(tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert("P").save(tmp_path / label / "0.png")
+    assert count_channels(list_images(tmp_path)) == 3
+
+
+def test_other_labels_contents_paths_or_parts_are_other_data(tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(2):
+            pixels = np.random.default_rng([ord(label), number]).integers(0, 256, (9, 9), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
+    data, _ = read_images(list_images(tmp_path), SPEC)
+    listing = data.listing
+    others = [
+        replace(data, listing=replace(listing, labels=listing.labels[[0, 2, 1, 3]])),
+        replace(data, listing=replace(listing, splits=np.array([0, 0, 0, 2], np.int8))),
+        replace(data, listing=replace(listing, paths=(*listing.paths[:3], "b/2.png"))),
+        replace(data, digests=data.digests[[1, 0, 2, 3]]),
+        data.without([3]),
+    ]
+    digests = {found.digest() for found in (data, *others)}
+    assert len(digests) == 6

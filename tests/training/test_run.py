@@ -15,17 +15,20 @@ import pytest
 import torch
 from rich.console import Console
 
+import training.run
 from service import artifact
 from service.errors import ConfigurationError, DataError, TrainingError
 from training import checkpoint
-from training.calibrate import calibration
+from training.calibrate import calibration, fit_temperature
 from training.config import Experiment
 from training.display import Display
-from training.evaluate import Evaluation
+from training.distributed import Group
+from training.evaluate import Evaluation, evaluate
 from training.finder import sweep
 from training.folders import LAST, latest_run
 from training.interrupt import InterruptedRunError
 from training.models import WeightsMismatchError, create, describe
+from training.prepare import prepare
 from training.run import repeatable, run, search_learning_rate, without_skill
 from training.transfer import plan
 
@@ -505,3 +508,28 @@ def test_a_model_that_is_worse_than_a_constant_answer_is_told_how_much(right, wo
 
     assert words in said
     assert bool(said) == bool(words)
+
+
+def test_the_temperature_is_of_the_validation_part_and_the_test_part_judges(digit_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training.run, "export_version", lambda trained, *_, **__: seen.append(trained) or tmp_path)
+    settings = Experiment.model_validate({
+        "name": "digits", "input": {"size": 16}, "data": {"validation": 0.3, "test": 0.2},
+        "loop": {"epochs": 2, "precision": "float32", "threads": 1}, "export": {"calibration_images": 20}})  # fmt: skip
+    display = Display(Console(file=io.StringIO()))
+    result = run(settings, digit_folder, tmp_path / "models", tmp_path / "runs", display)
+    (trained,) = seen
+    data = prepare(settings, describe("lenet5"), digit_folder, tmp_path / "again", display, Group())
+    model = create("lenet5", 10, 1)
+    model.load_state_dict(checkpoint.load(result.folder / "best.pt")["model"])
+    found = {part: evaluate(model, data.examples(part), data.normalise) for part in ("validation", "test")}
+    own, other = (fit_temperature(found[part].logits, found[part].labels) for part in ("validation", "test"))
+    assert trained.temperature == pytest.approx(own, rel=1e-3)
+    assert abs(own / other - 1) > 0.01, (own, other)
+    assert result.evaluation.accuracy == found["test"].accuracy
+    assert (trained.mean, trained.std) == (data.normalise.mean, data.normalise.std)
+    np.testing.assert_array_equal(trained.holdout, data.dataset.images[data.split.test])
+    np.testing.assert_array_equal(trained.holdout_labels, data.dataset.labels[data.split.test])
+    np.testing.assert_array_equal(trained.calibration, data.calibration(20))
+    assert len({data.dataset.listing.paths.index(str(p.relative_to(digit_folder))) for p in trained.canary}) == 8
+    assert len({p.parent.name for p in trained.canary}) == 8  # of different classes

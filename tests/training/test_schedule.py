@@ -1,5 +1,6 @@
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from training.config import ScheduleConfig
@@ -41,3 +42,9 @@ def test_constant_stays():
 
 def test_a_single_step_learns():
     assert rates(1) == [1.0]
+
+
+def test_the_warm_up_has_the_shape_that_its_name_says():
+    half = {name: rate(ScheduleConfig(name=name, warmup=0.4), 9, 100) for name in ("one-cycle", "cosine", "constant")}
+    assert half["one-cycle"] == pytest.approx((1 - np.cos(np.pi * 0.25)) / 2)
+    assert half["cosine"] == half["constant"] == pytest.approx(0.25)

@@ -1,6 +1,8 @@
 import io
+import os
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from training.config import Experiment
 from training.display import Display
 from training.distributed import Group
 from training.listing import TEST, TRAIN, VALIDATION
-from training.models import describe
+from training.models import create, describe
 from training.prepare import prepare
 from training.run import run
 from training.shard_scan import count_shard_channels, scan
@@ -379,3 +381,159 @@ def test_a_shard_that_is_cut_between_two_files_is_no_whole_one(shards):
 
     with pytest.raises(DataError, match=r"train-001\.tar cannot be read: it is cut short"):
         list(read_shard(str(shard)))
+
+
+def prepared(folder, tmp_path, **tree):
+    settings = Experiment.model_validate({"input": {"size": 16}, **tree})
+    return prepare(settings, describe("lenet5"), folder, tmp_path / "cache", Display(Console(quiet=True)), Group())
+
+
+@pytest.fixture
+def parts(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, (part, count) in enumerate((("train", 30), ("val", 12), ("test", 9))):
+        write_shard(folder / f"{part}-0.tar", [(f"{i:03d}", png(100 * number + i), i % 3) for i in range(count)])
+    return folder
+
+
+def test_parts_of_shards_are_judged_as_what_they_are(parts, tmp_path):
+    data = prepared(parts, tmp_path)
+    assert len(data.split.validation) == 12
+    assert len(data.split.test) == 9
+    assert {file.parent.name for file in data.files("validation")} == {"validation"}
+    assert {file.parent.name for file in data.files("test")} == {"test"}
+
+
+def test_shards_are_normalised_as_the_weights_were(parts, tmp_path):
+    state = {"model": create("lenet5", 3, 1).state_dict(), "mean": (0.25,), "std": (0.5,)}
+    torch.save(state, tmp_path / "best.pt")
+    data = prepared(parts, tmp_path, transfer={"weights": str(tmp_path / "best.pt")})
+    assert (data.normalise.mean, data.normalise.std) == ((0.25,), (0.5,))
+    assert data.normalise.mean != prepared(parts, tmp_path).normalise.mean
+
+
+def test_only_the_parts_with_a_share_are_held_out_and_in_that_proportion(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(folder / "000.tar", [(f"{i:04d}", png(i), i % 3) for i in range(400)])
+    for number, shares in enumerate(((0.3, 0.0), (0.0, 0.3), (0.3, 0.1))):
+        found = scanned(folder, tmp_path / str(number), validation=shares[0], test=shares[1])
+        for part, share in ((1, shares[0]), (2, shares[1])):
+            count = int((found.shards.parts[0] == part).sum())
+            assert count == 0 if share == 0 else abs(count / 400 - share) < 0.07
+
+
+def test_labels_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(folder / "000.tar", [(f"{i:04d}", png(i), i % 12) for i in range(48)])
+    found = scanned(folder, tmp_path, validation=0.2)
+    assert found.held_out.classes == tuple(map(str, range(12)))
+    assert found.shards.labels[0].tolist() == [i % 12 for i in range(48)]
+
+
+def test_processes_count_the_same_steps_of_shards(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(folder / "000.tar", [(f"{i:04d}", png(i), i % 3) for i in range(35)])
+    found = scanned(folder, tmp_path, validation=0.0, test=0.0).shards
+    sources = [source_of(found, group=Group(rank, 2)) for rank in range(2)]  # 16 + 16 + 3, and 3 are too few for two
+    for source in sources:
+        assert source.steps == 2
+        assert min(len(batch.labels) for batch in source.batches(0, 0)) >= 2
+
+
+def shard_of(folder, first=0, label=None):
+    folder.mkdir(exist_ok=True)
+    write_shard(folder / "000.tar", [(f"{i:04d}", png(first + i), label or str(i % 3)) for i in range(60)])
+    return folder
+
+
+def test_a_scan_with_other_shares_seed_or_contents_is_another_one(tmp_path):
+
+    folder = shard_of(tmp_path / "shards")
+    first = scanned(folder, tmp_path)
+    more = scanned(folder, tmp_path, validation=0.5)
+    assert len(more.held_out) > len(first.held_out) + 10
+    other = scanned(folder, tmp_path, seed=1)
+    assert len({found.shards.digest for found in (first, more, other)}) == 3
+    shard_of(folder, first=500)  # as large as before, but newer
+    os.utime(folder / "000.tar", (5, 5))
+    assert scanned(folder, tmp_path).shards.digest != first.shards.digest
+    assert not np.array_equal(scanned(folder, tmp_path).shards.calibration, first.shards.calibration)
+
+
+def test_labels_of_samples_that_are_set_aside_are_no_classes(tmp_path):
+    (tmp_path / "shards").mkdir()
+    samples = [(f"{i:04d}", png(i), "ab"[i % 2]) for i in range(30)] + [("broken", b"nothing", "c")]
+    write_shard(tmp_path / "shards" / "000.tar", samples)
+    assert scanned(tmp_path / "shards", tmp_path).held_out.classes == ("a", "b")
+
+
+def test_tiny_images_of_shards_are_left_out_of_the_training_part_too(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(buffer, "PNG")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(
+        folder / "train-0.tar", [(f"{i:03d}", png(i), i % 3) for i in range(30)] + [("tiny", buffer.getvalue(), 0)]
+    )
+    write_shard(folder / "val-0.tar", [(f"{i:03d}", png(50 + i), i % 3) for i in range(9)])
+    data = prepared(folder, tmp_path, data={"min_side_pixels": 4, "test": 0.0})
+    assert len(data.train_labels()) == 30
+    assert [fault.reason for fault in data.faults] == ["tiny"]
+
+
+def test_each_sample_is_changed_in_its_own_way_in_each_epoch(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(3):
+        write_shard(
+            folder / f"train-{number:03d}.tar", [(f"s{i:04d}", png(100 * number + i), i % 3) for i in range(30)]
+        )
+    found = scanned(folder, tmp_path).shards
+
+    def rows(epoch):
+        return {
+            image.numpy().tobytes(): tuple(row.tolist())
+            for batch in source_of(found).batches(epoch, 0)
+            for image, row in zip(batch.images, batch.uniform, strict=True)
+        }
+
+    first, second = rows(0), rows(1)
+    assert len(set(first.values())) == len(first) == len(found)
+    assert all(first[image] != second[image] for image in first)
+
+
+def test_samples_of_all_shards_are_mixed_and_shards_come_in_an_order_of_their_own(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    origin = {}
+    for number in range(6):
+        samples = [(f"s{i:04d}", png(100 * number + i), i % 3) for i in range(20)]
+        write_shard(folder / f"train-{number:03d}.tar", samples)
+    found = scanned(folder, tmp_path).shards
+    for number, url in enumerate(found.urls):
+        one = replace(
+            found, urls=(url,), parts=found.parts[number : number + 1], labels=found.labels[number : number + 1]
+        )
+        for batch in source_of(one).batches(0, 0):
+            origin |= {image.numpy().tobytes(): number for image in batch.images}
+
+    def order(epoch):
+        return [
+            origin[image.numpy().tobytes()]
+            for batch in source_of(found, buffer=30).batches(epoch, 0)
+            for image in batch.images
+        ]
+
+    firsts = {order(epoch)[0] for epoch in range(8)}
+    assert len(firsts) > 2
+    for epoch in range(3):
+        assert len(set(order(epoch)[:10])) > 1
+        runs = sum(a != b for a, b in zip(order(epoch), order(epoch)[1:], strict=False))
+        assert runs > 30

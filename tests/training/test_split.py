@@ -70,3 +70,26 @@ def test_what_was_written_is_read_back_as_the_same_split(tmp_path):
     for part, rows in ((TRAIN, split.train), (VALIDATION, split.validation), (TEST, split.test)):
         found = {again.paths[i] for i in np.flatnonzero(again.splits == part)}
         assert found == {listing.paths[i] for i in rows}
+
+
+def test_another_seed_draws_other_images_and_none_the_first_ones():
+    labels = np.repeat([0, 1], 100)
+
+    def drawn(seed):
+        split = stratified_split(labels, ("a", "b"), np.arange(200), validation=0.2, test=0.2, seed=seed)
+        return split.validation.tolist(), split.test.tolist()
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+    for seed in (0, 1):
+        for part in drawn(seed):
+            assert part[:20] != list(range(part[0], part[0] + 20))  # not a run of neighbours, which are often alike
+
+
+@pytest.mark.parametrize("part", [VALIDATION, TEST])
+def test_unusable_rows_are_in_no_part_that_the_data_name(tmp_path, part):
+    parts = [TRAIN] * 20 + [part] * 6
+    listing = listing_of(tmp_path, [Entry(f"{n}.png", "ab"[n % 2], split) for n, split in enumerate(parts)])
+    usable = np.setdiff1d(np.arange(26), [3, 21, 24])
+    split = make_split(listing, usable, validation=0.2, test=0.2, seed=0)
+    assert sorted([*split.train, *split.validation, *split.test]) == usable.tolist()

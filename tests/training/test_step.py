@@ -4,12 +4,15 @@ import torch
 from torch import nn
 
 from training.batches import Batch
-from training.config import Experiment
+from training.config import AugmentConfig, Experiment, ScheduleConfig
 from training.distributed import Group
-from training.draws import draws
+from training.draws import Column, draws
+from training.mix import Mixer
 from training.models import create
+from training.optimise import Average
 from training.phases import Phase
 from training.pixels import Normaliser, unit_range
+from training.schedule import rate
 from training.step import Stepper, class_weights
 
 NORMALISE = Normaliser((0.5,), (0.5,))
@@ -22,7 +25,7 @@ def batch_of(count=8, channels=1, size=32, seed=0):
     return Batch(images, torch.from_numpy(random.integers(0, 10, count)), draws(count, seed, 0), count)
 
 
-def stepper_of(model=None, weights=None, normalise=NORMALISE, precision="float32", **tree):
+def stepper_of(model=None, weights=None, normalise=NORMALISE, precision="float32", group=None, **tree):
     torch.manual_seed(0)
     experiment = Experiment.model_validate({"augment": STILL, "schedule": {"name": "constant", "warmup": 0}, **tree})
     stepper = Stepper(
@@ -31,7 +34,7 @@ def stepper_of(model=None, weights=None, normalise=NORMALISE, precision="float32
         normalise,
         class_weights=weights,
         device=torch.device("cpu"),
-        group=Group(),
+        group=group or Group(),
     )
     stepper.precision = precision
     stepper.begin(Phase("all", 1), 0.01, 0, 100)
@@ -181,3 +184,89 @@ def test_trying_a_precision_changes_nothing():
 def test_compiled_steps_learn_the_same():
     compiled, plain = weights_after(steps=2, loop={"compile": True}), weights_after(steps=2)
     assert (compiled - plain).abs().median() < 1e-5
+
+
+def test_choosing_a_precision_takes_no_more_images_at_once_than_training():
+    stepper = stepper_of(fresh("lenet5", 10, 1), loop={"accumulate": 4})
+    sizes = []
+    run = stepper.trial(batch_of(16))
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    try:
+        run("float32")
+    finally:
+        hook.remove()
+    assert max(sizes) == 4
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("augment", [{"mixup": 0.5}, {"cutmix": 0.5}])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_a_pair_is_shared_as_its_pixels_are(augment, smoothing):
+    stepper = stepper_of(fresh("lenet5", 10, 1), augment={**STILL, **augment}, loop={"label_smoothing": smoothing})
+    for step in (3, 4):
+        batch = batch_of(seed=step)
+        mixed = Mixer(AugmentConfig(**STILL, **augment), 0)(NORMALISE(unit_range(batch.images)), batch.labels, step)
+        assert abs(mixed.share - 0.5) > 0.05
+        with torch.no_grad():
+            logits = stepper.model(mixed.inputs)
+        own, other = (
+            nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+            for labels in (mixed.labels, mixed.partners)
+        )
+        torch.testing.assert_close(stepper(batch, step), mixed.share * own + (1 - mixed.share) * other)
+
+
+def test_clipping_in_half_precision_is_of_the_gradient_and_not_of_the_scaled_one():
+    """The norm that is clipped to does not depend on the scale of the loss."""
+    options = {"optimiser": {"name": "sgd", "momentum": 0, "weight_decay": 0, "clip_norm": 0.01}}
+    before, after = weights_after(0, precision="float16", **options), weights_after(1, precision="float16", **options)
+    assert (after - before).norm() == pytest.approx(0.01 * 0.01, rel=1e-2)
+
+
+def test_the_average_is_that_of_all_steps_also_in_a_later_phase():
+    stepper = stepper_of(loop={"ema_decay": 0.9}, optimiser={"name": "sgd"})
+    expected = Average(stepper.model, 0.9)
+    for step in range(30):
+        if step == 20:
+            stepper.begin(Phase("second", 1), 0.01, 20, 10)
+        stepper(batch_of(seed=step), step)
+        expected.update(step)
+    torch.testing.assert_close(flat(stepper.average.model), flat(expected.model), atol=0, rtol=0)
+    assert not torch.equal(flat(stepper.average.model), flat(stepper.model))
+
+
+def test_each_stage_moves_at_its_multiple_of_the_scheduled_rate():
+    model = fresh("lenet5", 10, 1)
+    stepper = stepper_of(
+        model, optimiser={"name": "sgd", "momentum": 0, "weight_decay": 0}, schedule={"name": "cosine", "warmup": 0}
+    )
+    names = [name for name, _ in model.named_children() if any(True for _ in getattr(model, name).parameters())]
+    stepper.begin(Phase("two", 1, stages=(((names[0],), 0.25),)), 0.02, 100, 10)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stepper(batch_of(), 105)
+    expected = 0.02 * rate(ScheduleConfig(name="cosine", warmup=0), 5, 10)
+    assert stepper.learning_rate == pytest.approx(expected)
+    for name, parameter in model.named_parameters():
+        step = expected * (0.25 if name.startswith(names[0] + ".") else 1)
+        torch.testing.assert_close(parameter.detach(), before[name] - step * parameter.grad, atol=1e-7, rtol=1e-5)
+
+
+def test_training_images_are_augmented():
+    stepper = stepper_of(fresh("lenet5", 10, 1), augment={**STILL, "horizontal_flip": True})
+    batch = batch_of()
+    flipped = batch.uniform[:, Column.FLIP_X] < 0.5
+    assert 0 < flipped.sum() < len(flipped)
+    images = torch.where(flipped[:, None, None, None], batch.images.flip(2), batch.images)
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(stepper.model(NORMALISE(unit_range(images))), batch.labels)
+    torch.testing.assert_close(stepper(batch, 0), expected)
+
+
+def test_processes_drop_other_features():
+    def loss(rank):
+        return stepper_of(fresh("lenet5", 10, 1, dropout=0.5), group=Group(rank, 1))(batch_of(), 0).item()
+
+    assert loss(0) == loss(0)
+    assert loss(0) != loss(1)

@@ -224,3 +224,44 @@ def test_a_stem_that_follows_the_data_does_so_from_scratch_only(digit_data, tmp_
                               entry, digit_data, Group())  # fmt: skip
     stored = torch.load(tmp_path / "w.pth", weights_only=True)["stem.weight"]
     assert torch.equal(loaded.model.stem.weight, stored)
+
+
+@pytest.mark.parametrize("strategy", ["fine-tune", "lp-ft", "gradual"])
+def test_stages_are_slower_by_one_factor_each_down_to_the_spread(strategy):
+    phase = plan(experiment_of("w.pth", strategy=strategy, spread=32.0), ENTRY)[-1]
+    rates = [phase.multiple(f"{stage}.weight") for stage in ("conv1", "layer1", "layer2", "layer3", "layer4")]
+    assert rates == pytest.approx([1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2])
+    assert phase.multiple("fc.weight") == 1
+
+
+@pytest.mark.parametrize(("strategy", "peaks"), [("linear-probe", [1]), ("fine-tune", [1]), ("lp-ft", [1, 0.5])])
+def test_whole_networks_that_have_been_probed_learn_at_half_of_the_peak(strategy, peaks):
+    assert [phase.peak for phase in plan(experiment_of("w.pth", strategy=strategy), ENTRY)] == peaks
+    gradual = plan(experiment_of("w.pth", strategy="gradual"), ENTRY)
+    assert [phase.peak for phase in gradual] == [1] + [0.5] * (len(gradual) - 1)
+
+
+def test_a_probe_leaves_an_epoch_for_the_rest():
+    lengths = [phase.epochs for phase in plan(experiment_of("w.pth", epochs=2, probe=0.99), ENTRY)]
+    assert lengths == [1, 1]
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("strategy", ["linear-probe", "fine-tune", "lp-ft", "gradual"])
+def test_norms_are_frozen_in_all_phases_or_in_none(strategy, freeze):
+    phases = plan(experiment_of("w.pth", strategy=strategy, freeze_norm=freeze), ENTRY)
+    assert {phase.freeze_norm for phase in phases} == {freeze}
+
+
+def test_auxiliary_heads_of_other_classes_start_anew(tmp_path):
+    torch.save(create("googlenet", 7, 3, width=0.125, aux=True).state_dict(), tmp_path / "w.pth")
+    model = create("googlenet", 4, 3, width=0.125, aux=True)
+    report = start_from(model, describe("googlenet"), experiment_of(tmp_path / "w.pth").transfer)
+    assert {name.split(".")[0] for name in report.replaced} == {"aux1", "aux2", "fc"}
+
+
+def test_phases_of_gradual_use_all_epochs_whatever_their_number():
+    for epochs in range(2, 20):
+        phases = plan(experiment_of("w.pth", strategy="gradual", epochs=epochs), ENTRY)
+        assert sum(phase.epochs for phase in phases) == epochs
+        assert all(phase.epochs for phase in phases)

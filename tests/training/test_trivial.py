@@ -1,10 +1,16 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
 
+from training import colour
+from training.augment import Augmenter
+from training.config import AugmentConfig
 from training.draws import Column, draws
+from training.pixels import unit_range
 from training.trivial import Operation, geometric_operations, operations, photometric_operations
 
 
@@ -76,3 +82,40 @@ def test_magnitude_zero_is_the_identity_for_blends():
     images = torch.rand(1, 3, 8, 8)
     for operation in (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.SATURATION, Operation.SHARPNESS):
         torch.testing.assert_close(photometric_operations(images, drawn(operation, magnitude=0.0)), images)
+
+
+@pytest.mark.parametrize("direction", [0.1, 0.9])
+def test_geometric_operations_have_the_strengths_of_the_paper(direction):
+    sign = -1 if direction < 0.5 else 1
+    angle = sign * math.radians(135)
+    rotated = geometric_operations(drawn(Operation.ROTATE, direction=direction), 1.0)[0]
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
+    torch.testing.assert_close(rotated, turn, atol=1e-5, rtol=0)
+    for operation, axis in ((Operation.TRANSLATE_X, 0), (Operation.TRANSLATE_Y, 1)):
+        moved = geometric_operations(drawn(operation, direction=direction), 1.0)[0]
+        assert moved[axis, 2].item() == pytest.approx(sign * 2 * 32 / 224, abs=1e-5)  # of a side of 2
+        assert moved[1 - axis, 2] == 0
+
+
+def test_photometric_operations_are_those_of_their_names_with_the_strengths_of_the_paper():
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    blends = {
+        Operation.BRIGHTNESS: colour.brightness, Operation.SATURATION: colour.saturation,
+        Operation.CONTRAST: colour.contrast, Operation.SHARPNESS: colour.sharpness,
+    }  # fmt: skip
+    for operation, change in blends.items():
+        for direction, factor in ((0.1, 0.01), (0.9, 1.99)):
+            found = photometric_operations(images, drawn(operation, direction=direction))
+            torch.testing.assert_close(found, change(images, torch.tensor([factor])), atol=1e-6, rtol=0)
+    found = photometric_operations(images, drawn(Operation.POSTERIZE))
+    torch.testing.assert_close(found, colour.posterize(images, torch.tensor([2])))
+    found = photometric_operations(images, drawn(Operation.SOLARIZE, magnitude=0.25))
+    torch.testing.assert_close(found, colour.solarize(images, torch.tensor([0.75])))
+
+
+def test_trivial_augment_alone_turns_images():
+    """It has to be sampled although no other setting moves anything."""
+    images = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8)
+    augment = Augmenter(AugmentConfig(rotation_degrees=0, translation=0, scale=0, trivial_augment=True))
+    augmented = augment(images, drawn(Operation.TRANSLATE_X))
+    assert not torch.allclose(augmented, unit_range(images))

@@ -449,3 +449,17 @@ def test_two_workers_share_the_trials_of_a_postgresql_study_exactly(digit_folder
 def test_storages_that_cannot_be_used(digit_folder, tmp_path, display, url, message):
     with pytest.raises(ConfigurationError, match=message):
         tune(job(tmp_path, digit_folder, storage=url), display)
+
+
+@pytest.mark.parametrize(("objective", "direction"), [("loss", "MINIMIZE"), ("accuracy", "MAXIMIZE")])
+def test_a_study_goes_the_way_of_its_objective(digit_folder, tmp_path, objective, direction):
+    """And the experiment itself is its first trial."""
+    tune(
+        job(tmp_path, digit_folder, settings={"loop.epochs": 1}, trials=1, objective=objective),
+        Display(Console(file=io.StringIO())),
+    )
+    study = optuna.load_study(study_name="digits", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.direction.name == direction
+    (trial,) = study.get_trials()
+    assert trial.params["loop.batch_size"] == 64
+    assert trial.params["optimiser.learning_rate"] == 4e-3

@@ -80,3 +80,10 @@ def test_normalisation_is_folded_into_the_exported_convolutions(mirror):
     operators = [node.op_type for node in graph.graph.node]
     assert operators.count("Conv") == 7
     assert "BatchNormalization" not in operators
+
+
+def test_the_head_sees_the_maximum_over_the_image_and_its_logits_are_scaled_down():
+    torch.manual_seed(0)
+    model, x = create("resnet8", 10, width=0.25).eval(), torch.randn(3, 3, 32, 32)
+    features = model.stage3(model.stage2(model.stage1(functional.relu(model.stem(x)))))
+    torch.testing.assert_close(model(x), 0.125 * features.flatten(2).max(2).values @ model.fc.weight.T)
