@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 _SIGNATURE_BYTES = 8
 _PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
@@ -32,31 +32,26 @@ def picture(data: bytes) -> bytes:
 def claimed_bytes(data: bytes) -> int:
     """Bytes that the data of a file have to unfold to, by its header."""
     width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    return unfolded_bytes(width, height, bits * _CHANNELS.get(colour, 1), interlaced=bool(interlaced))
+    return _unfolded_bytes(width, height, bits * _CHANNELS.get(colour, 1), interlaced=bool(interlaced))
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether the data unfold to as many bytes as the header says; what is damaged in another way is not told here."""
-    pieces = (data[start + 8 : stop - 4] for kind, start, stop in chunks(data) if kind == b"IDAT")
-    return unfolds_to(pieces, claimed_bytes(data))
-
-
-def unfolds_to(pieces: Iterable[bytes], wanted: int) -> bool:
-    """Whether a stream, in pieces, holds so many bytes; it is not kept.
+    """Whether the data unfold to as many bytes as the header says; what is damaged in another way is not told here.
 
     Raises:
-        zlib.error: it is damaged.
+        struct.error: the chunks end early.
+        zlib.error: the stream is damaged.
     """
-    inflating, found = zlib.decompressobj(), 0
-    for packed in pieces:
-        piece = packed
+    inflating, wanted, found = zlib.decompressobj(), claimed_bytes(data), 0
+    for kind, start, stop in chunks(data):
+        piece = data[start + 8 : stop - 4] if kind == b"IDAT" else b""
         while piece and found < wanted:
             found += len(inflating.decompress(piece, min(_PIECE_BYTES, wanted - found)))
             piece = inflating.unconsumed_tail
     return found >= wanted
 
 
-def unfolded_bytes(width: int, height: int, bits: int, *, interlaced: bool = False) -> int:
+def _unfolded_bytes(width: int, height: int, bits: int, *, interlaced: bool) -> int:
     """Bytes of all rows, each with the byte that names its filter. `bits`: of a pixel."""
     if not interlaced:
         return height * _row_bytes(width, bits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from service import canary, cuda, engine, logs, plan_cache, providers, resources, sessions, trial
@@ -69,8 +69,7 @@ class Selector:
         try:
             engine.warm_up(engines)
         except BaseException:
-            for each in engines:
-                each.close()
+            _close(engines)
             raise
         return engines
 
@@ -85,7 +84,7 @@ class Selector:
         if known is not None:
             return known, True
         table, passed = self._measure(version, wishes, name)
-        _close(passed)
+        _close(passed.engines)
         return table, False
 
     def _remembered(self, version: ModelVersion, wishes: Wishes, name: str) -> list[OrtEngine] | None:
@@ -132,7 +131,7 @@ class Selector:
         try:
             chosen, passed = self._accepted(version, wishes, rows, best)
         except (ArtifactError, ProviderError):
-            _close(best and best[1])
+            _close(best[1].engines if best else ())
             if short:
                 raise short[0] from None
             raise
@@ -173,9 +172,9 @@ class Selector:
             if passed is None:
                 continue
             if best is not None and not _better(row, best[0]):
-                _close(passed)
+                _close(passed.engines)
                 continue
-            _close(best and best[1])
+            _close(best[1].engines if best else ())
             best = row, passed
         return rows, best
 
@@ -266,10 +265,10 @@ def _executors(version: ModelVersion, table: Table, loaded: Loaded) -> list[OrtE
     return engine.executors(version, loaded, table.chosen.file, buckets)
 
 
-def _close(passed: Passed | None) -> None:
-    """Lets go of a candidate that will not run."""
-    for one in passed.engines if passed else ():
-        one.close()
+def _close(engines: Iterable[OrtEngine]) -> None:
+    """Lets go of the executors of what will not run."""
+    for each in engines:
+        each.close()
 
 
 def _spent(wishes: Wishes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from service.errors import DataError, TrainingError
 from training.folders import make_room
+from training.models.weights_file import check_sums
 
 FORMAT = 1
 
@@ -53,7 +53,7 @@ def load(path: Path) -> dict[str, Any]:
         DataError: it is missing, damaged, or of another format.
     """
     try:
-        _check_sums(path)
+        check_sums(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; there is no run to go on with") from None
@@ -65,10 +65,3 @@ def load(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise DataError(f"{path} is a checkpoint of format {found!r}, this program reads {FORMAT}")
     return dict(state)
-
-
-def _check_sums(path: Path) -> None:
-    """PyTorch's reader looks at no checksum: a run would go on from weights in which bits have flipped."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} in it is damaged")

@@ -6,20 +6,15 @@ import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import toys
-from PIL import Image
 
 from service import classifier, serving
 from service.admission import Admission
 from service.artifact import InputSpec, Resize
-from service.classifier import Classifier, Query, answers
+from service.classifier import Classifier, Query
 from service.decode import decode_pool
-from service.engine import Outputs
 from service.errors import (
-    CanaryError,
-    DeviceLostError,
     DrainingError,
     EngineError,
     ExpiredError,
@@ -33,6 +28,7 @@ from service.preprocess import Limits
 from service.providers import CPU, CUDA, TENSORRT
 
 BROKEN = b"\x89PNG\r\n\x1a\nnot really"
+NO_THUMBNAIL = toys.grey_png(9, (90, 90))
 
 
 @dataclass
@@ -49,7 +45,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0.0, size=8, on_device_lost=pytest.fail):
+async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0.0, size=8):
     metrics, admission = Metrics(), Admission(max_pending, 1 << 20)
     spec = InputSpec(height=size, width=size, channels=1, resize=Resize(mode="stretch"))
     version = toys.write_version(root, classes=engine.classes, spec=spec)
@@ -61,7 +57,7 @@ async def classifying(root, engine, max_images=256, max_pending=512, in_turn_s=0
         codel_target_s=0.0,
         in_turn_s=in_turn_s,
         gently=False,
-        on_device_lost=on_device_lost,
+        on_device_lost=pytest.fail,
     )
     decoder = decode_pool(2, metrics.stage("decode"))
     decoder.start()
@@ -141,59 +137,6 @@ async def test_an_answer_has_a_bounded_number_of_classes(tmp_path):
             await bench.ask(images, Query(top_k=5000))
 
         assert len(winners(await bench.ask(images[:100], Query(top_k=5000)))) == 100
-
-
-def outputs(*rows, logits=None):
-    probabilities = np.asarray(rows, np.float32)
-    return Outputs(probabilities * 2 if logits is None else np.asarray(logits, np.float32), probabilities)
-
-
-def test_ties_go_to_the_smaller_index():
-    (answer,) = answers(outputs([0.2, 0.3, 0.2, 0.3]), Query())
-
-    assert [index for index, _ in answer.classes] == [1, 3, 0, 2]
-
-
-@pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (4, 4), (5, 4), (2**32 - 1, 4)])
-def test_top_k_beyond_the_classes_gives_all_of_them(top_k, count):
-    (answer,) = answers(outputs([0.1, 0.2, 0.3, 0.4]), Query(top_k=top_k))
-
-    assert [index for index, _ in answer.classes] == [3, 2, 1, 0][:count]
-
-
-@pytest.mark.parametrize("classes", [2, 64, 65, 1000])
-@pytest.mark.parametrize("top_k", [1, 5, 16, 17, 1000])
-def test_places_are_those_of_a_stable_sort(classes, top_k):
-    rng = np.random.default_rng(classes + top_k)
-    rows = rng.integers(0, 40, (3, classes)).astype(np.float32) / 40  # of 40 values: with many ties
-    kept = rows.copy()
-    found = list(answers(outputs(*rows), Query(top_k=top_k)))
-
-    for row, answer in zip(kept, found, strict=True):
-        order = np.argsort(-row, kind="stable")[:top_k]
-        assert answer.classes == [(int(index), float(row[index])) for index in order]
-
-
-def test_scores_below_the_minimum_are_left_out_even_all_of_them():
-    first, second = answers(outputs([0.5, 0.25, 0.25], [0.4, 0.3, 0.3]), Query(min_score=0.5))
-
-    assert (first.classes, second.classes) == ([(0, 0.5)], [])
-
-
-def test_logits_are_given_only_if_asked_for():
-    found = outputs([0.25, 0.75])
-    (with_logits,), (without,) = answers(found, Query(logits=True)), answers(found, Query())
-
-    assert with_logits.logits.tolist() == [0.5, 1.5]
-    assert without.logits is None
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_logit_that_is_not_finite_counts_even_where_the_probabilities_are(value):
-    bad, good = answers(outputs([0.5, 0.5], [0.1, 0.9], logits=[[value, 1], [1, 2]]), Query())
-
-    assert bad.reason is ImageFault.NON_FINITE_OUTPUT
-    assert good.classes[0][0] == 1
 
 
 async def test_an_empty_request_is_refused(bench):
@@ -432,7 +375,7 @@ async def test_model_and_priority_go_with_a_request_into_each_queue(bench, monke
     monkeypatch.setattr(bench.admission, "admit", lambda *place: admitted.append((place[0], place[4])) or admit(*place))
     monkeypatch.setattr(bench.decoder, "submit", recording(bench.decoder.submit, decoding))
     monkeypatch.setattr(bench.model.batcher, "submit", recording(bench.model.batcher.submit, inferring))
-    await bench.ask([toys.grey_png(9, (90, 90))], Query(priority=-1))
+    await bench.ask([NO_THUMBNAIL], Query(priority=-1))
 
     name = bench.model.name
     assert (admitted, decoding) == ([(name, -1)], [(name, -1)])
@@ -448,35 +391,6 @@ async def test_a_shadow_waits_for_all_others(bench, monkeypatch):
 
     (_, mine), (_, shadows) = inferring
     assert mine == 1 < shadows
-
-
-@pytest.mark.parametrize("classes", [10, 1000])
-@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
-def test_one_value_that_is_not_finite_is_found_among_few_and_many(classes, odd):
-    logits = np.zeros((2, classes), np.float32)
-    logits[1, classes // 2] = odd
-    first, second = answers(Outputs(logits, np.full((2, classes), 1 / classes, np.float32)), Query())
-
-    assert first.best == 0
-    assert second.reason is ImageFault.NON_FINITE_OUTPUT
-
-
-async def test_a_lost_device_is_told_to_the_server_and_fails_the_request(tmp_path):
-    """Liveness depends on it: nothing else restarts a server whose GPU is gone."""
-    lost, engine = [], toys.ToyEngine()
-    async with classifying(tmp_path, engine, on_device_lost=lost.append) as bench:
-        engine.infer = lambda chunks: raising(DeviceLostError("an illegal memory access"))
-        with pytest.raises(DeviceLostError):
-            await bench.ask([toys.grey_png(9)])
-
-    assert [str(error) for error in lost] == ["an illegal memory access"]
-
-
-def raising(error):
-    raise error
-
-
-PHOTO = toys.encoded(Image.effect_noise((80, 80), 90), "PNG")  # no thumbnail
 
 
 async def test_a_shadow_is_in_use_before_its_copy_begins(bench):
@@ -516,33 +430,4 @@ async def test_waiting_for_a_decoder_counts_as_waiting(bench, monkeypatch):
     monkeypatch.setattr(
         bench.decoder, "submit", lambda *args, **options: asyncio.ensure_future(waited(*args, **options))
     )
-    assert (await bench.ask([PHOTO])).timing.queue_s >= 100
-
-
-def loaded(root, engines, **options):
-    given = {"window_s": 0.0, "codel_target_s": 0.0, "in_turn_s": 0.0, **options}
-    return serving.load(root, lambda _: engines, Metrics().model, gently=False, on_device_lost=pytest.fail, **given)
-
-
-def test_engines_of_a_version_that_fails_its_canary_give_their_memory_back(tmp_path):
-    engines = [toys.ToyEngine(), toys.ToyEngine(nan_at=85)]
-    with pytest.raises(CanaryError):  # whichever executor it is that fails
-        loaded(toys.write_version(tmp_path), engines)
-
-    assert [engine.closed for engine in engines] == [True, True]
-
-
-def test_executors_that_would_get_no_batch_give_their_memory_back(tmp_path):
-    engines = [toys.ToyEngine() for _ in range(3)]
-    loaded(toys.write_version(tmp_path), list(engines), in_turn_s=1.0)
-
-    assert [engine.closed for engine in engines] == [False, True, True]
-
-
-async def test_a_version_that_is_used_for_too_long_is_released_all_the_same(tmp_path):
-    engine = toys.ToyEngine()
-    model, _ = loaded(toys.write_version(tmp_path), [engine])
-    model.batcher.start()
-    with model.in_use():
-        await model.release(0.01)
-    assert engine.closed
+    assert (await bench.ask([NO_THUMBNAIL])).timing.queue_s >= 100

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from service.artifact import InputSpec, Weights
+from tests.support.tar_shards import numbered, write_shard
 from training.listing import Listing
 from training.pixels import Normaliser, channel_statistics
 from training.prepared import Prepared
@@ -126,3 +127,11 @@ def digit_data():
 def one_thread():
     """Small operators on shared cores are fastest, and repeatable, on one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three training shards of 40, 30 and 20 samples with labels 0..2."""
+    for number, (first, count) in enumerate(((0, 40), (40, 30), (70, 20))):
+        write_shard(tmp_path / "shards" / f"train-{number:03d}.tar", numbered(count, first))
+    return tmp_path / "shards"

@@ -229,12 +229,9 @@ def test_what_a_run_goes_on_with_is_what_it_began_with(digit_data, tmp_path):
         trainer_of(other, tmp_path, loop={"epochs": 1}).resume()
     with limited_to(2), pytest.raises(TrainingError, match="threads was 1, and is 2"):
         trainer_of(digit_data, tmp_path, loop={"epochs": 1}).resume()
-    experiment = Experiment.model_validate(merged(SMALL, {"loop": {"epochs": 1}}))
-    entry = describe("lenet5")
-    stepper, _ = build_stepper(experiment, entry, digit_data, Group())
-    trainer = build_trainer(experiment, digit_data, stepper, plan(experiment, entry), tmp_path, Voting(0, 2))
+    _, two = parts_of(digit_data, tmp_path, group=Voting(0, 2), loop={"epochs": 1})
     with pytest.raises(TrainingError, match="processes was 1, and is 2"):
-        trainer.resume()
+        two.resume()
 
 
 def test_a_stem_follows_normalised_training_images_and_many_of_them(digit_data):
@@ -251,17 +248,16 @@ def test_a_step_has_as_many_images_in_memory_as_its_pieces():
 
 
 def test_each_phase_has_a_schedule_of_its_own_and_its_own_peak(digit_data, tmp_path):
-    loop = {"epochs": 5, "ema_decay": 0, "precision": "float32", "stuck_epochs": 0}
-    experiment = Experiment.model_validate(merged(SMALL, {"optimiser": {"learning_rate": 0.01}, "loop": loop}))
-    stepper, _ = build_stepper(experiment, describe("lenet5"), digit_data, Group())
+    tree = {"optimiser": {"learning_rate": 0.01}, "loop": {"epochs": 5, "ema_decay": 0, "stuck_epochs": 0}}
     phases = (Phase("first", 2), Phase("all", 3, peak=0.5))
-    trainer = build_trainer(experiment, digit_data, stepper, phases, tmp_path, Group())
+    stepper, trainer = parts_of(digit_data, tmp_path, phases, **tree)
+    schedule = Experiment.model_validate(tree).schedule
     notes, seen = Notes(), []
     notes.step = lambda images, loss: seen.append(stepper.learning_rate)
     trainer.fit(notes)
     per = len(seen) // 5
     expected = [
-        peak * rate(experiment.schedule, step, epochs * per)
+        peak * rate(schedule, step, epochs * per)
         for peak, epochs in ((0.01, 2), (0.005, 3))
         for step in range(epochs * per)
     ]

@@ -29,6 +29,7 @@ _HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
 # PyTorch's AveragedModel counts there, beside the weights.
 _AVERAGED_MODELS = "n_averaged"
 _NESTED = ("model", "state_dict", "model_state_dict")
+_ZIP = b"PK\x03\x04"  # how files begin that PyTorch writes since 1.6
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class WeightsFile:
         state: its tensors on the CPU, by name.
         sha256: of the file, in hexadecimal.
         verified: the name carries a hash, and the file has it.
-        model: architecture and options of the model that they are from, where the file says so; empty otherwise.
+        model: architecture and options of the model that they are from, where the file says so.
     """
 
     path: Path
     state: Mapping[str, Tensor]
     sha256: str
     verified: bool
-    model: tuple[str, Mapping[str, Any]] | tuple[()] = ()
+    model: tuple[str, Mapping[str, Any]] | None = None
 
 
 def read_weights(path: Path, *, check_hash: bool = True) -> WeightsFile:
@@ -85,6 +86,9 @@ def _parse(path: Path, stream: BinaryIO) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(stream.read())
+        if stream.read(len(_ZIP)) == _ZIP:
+            check_sums(stream)
+        stream.seek(0)
         with warnings.catch_warnings():
             # About plain pickles; they are read or refused all the same.
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
@@ -96,6 +100,17 @@ def _parse(path: Path, stream: BinaryIO) -> Any:
         ) from error
     except (RuntimeError, ValueError, EOFError, LookupError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise TrainingError(f"{path} is no readable checkpoint: {str(error).partition(chr(10))[0]}") from error
+
+
+def check_sums(archive: Path | BinaryIO) -> None:
+    """PyTorch's reader looks at no checksum: weights in which bits have flipped would be taken as they are.
+
+    Raises:
+        zipfile.BadZipFile: the archive is damaged, or none.
+    """
+    with zipfile.ZipFile(archive) as opened:
+        if damaged := opened.testzip():
+            raise zipfile.BadZipFile(f"{damaged} in it is damaged")
 
 
 def _is_entry(item: tuple[Any, Any]) -> bool:
@@ -114,10 +129,10 @@ def _instead(path: Path, content: Any) -> str:
     return f"; there are some under {', '.join(map(repr, inside))}: save that part alone" if inside else ""
 
 
-def _model(content: Any) -> tuple[str, Mapping[str, Any]] | tuple[()]:
+def _model(content: Any) -> tuple[str, Mapping[str, Any]] | None:
     """What checkpoints of `convoy train` say of the model beside its weights."""
     name, options = (content.get(key) if isinstance(content, Mapping) else None for key in ("architecture", "options"))
-    return (name, options) if isinstance(name, str) and isinstance(options, Mapping) else ()
+    return (name, options) if isinstance(name, str) and isinstance(options, Mapping) else None
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:

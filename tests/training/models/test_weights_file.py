@@ -69,6 +69,16 @@ def test_tensors_that_are_not_dense_are_refused(tmp_path, changed):
         read_weights(write(tmp_path / "net.pth", STATE | {"fc.weight": changed(torch.eye(2))}))
 
 
+def test_flipped_bits_are_found_without_a_hash_in_the_name(tmp_path):
+    """PyTorch's reader takes such weights as they are."""
+    path = write(tmp_path / "net.pth")
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(STATE["a.weight"].numpy().tobytes()) + 5] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(TrainingError, match=r"net\.pth is no readable checkpoint: .* is damaged"):
+        read_weights(path)
+
+
 def test_the_hash_in_the_name_is_verified(tmp_path):
     path = hashed(write(tmp_path / "net.pth"))
     assert read_weights(path).verified
