@@ -12,7 +12,7 @@ import prometheus_client
 import pytest
 import structlog
 import toys
-from repositories import Clock, damage, filled, opened, served, waiting_for_their_turn
+from repositories import Clock, damage, opened, served, waiting_for_their_turn
 
 from service import artifact, loading
 from service.batcher import Batcher
@@ -20,11 +20,6 @@ from service.errors import ArtifactError, ConfigurationError, OutOfReachError
 from service.model_state import ModelState
 from service.routing import Routing
 from service.sources import LocalSource
-
-
-@pytest.fixture
-def root(tmp_path):
-    return filled(tmp_path)
 
 
 class Unsteady(LocalSource):

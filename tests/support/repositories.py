@@ -1,6 +1,7 @@
 """Repositories on toy engines, for tests of what they serve and what they refuse."""
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -70,3 +71,24 @@ def filled(root):
         toys.write_version(root, "grey", number)
     toys.write_version(root, "other")
     return root
+
+
+class Gate:
+    """Holds loads until it is opened."""
+
+    def __init__(self):
+        self.began = threading.Event()
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self, _gently):
+        self.began.set()
+        assert self.open.wait(toys.TIMEOUT_S)
+
+    async def hold(self, change):
+        """Starts a change that loads; returns when it is being held."""
+        self.began.clear()
+        self.open.clear()
+        task = asyncio.create_task(change)
+        assert await asyncio.to_thread(self.began.wait, toys.TIMEOUT_S)
+        return task

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from tar_shards import numbered, write_shard
 from torch import nn
 
 from service.artifact import InputSpec, Weights
-from tests.support.tar_shards import numbered, write_shard
 from training.listing import Listing
 from training.pixels import Normaliser, channel_statistics
 from training.prepared import Prepared

@@ -3,10 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
+from tar_shards import SPEC, numbered, png, scanned, seen, source_of, write_shard
 
 from service.errors import DataError
 from service.preprocess import preprocess
-from tests.support.tar_shards import SPEC, numbered, png, scanned, seen, source_of, write_shard
 from training.listing import TEST, TRAIN, VALIDATION
 from training.shards import find_shards, read_shard
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tar_shards import add, numbered, png, scanned, seen, source_of, write_shard
 
 from service import artifact
 from service.errors import ConfigurationError, DataError
-from tests.support.tar_shards import add, numbered, png, scanned, seen, source_of, write_shard
 from training.config import Experiment
 from training.display import Display
 from training.distributed import Group
