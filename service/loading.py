@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from service import faults, logs
@@ -17,22 +18,35 @@ _log = logs.get("repository")
 _LONG_LOAD_S = 60.0
 
 
-@contextmanager
-def told_while_it_lasts(name: str, number: int) -> Iterator[None]:
-    """Logs a load that takes long, again and again: an engine may be built for minutes, a file system may hang."""
-    began = time.monotonic()
+@dataclass(frozen=True)
+class Load:
+    """A version that is being loaded. `began`: monotonic seconds."""
 
-    async def tell() -> None:
-        while True:
-            await asyncio.sleep(_LONG_LOAD_S)
-            took_s = round(time.monotonic() - began)
-            _log.warning("model is still being loaded", model=name, version=number, seconds=took_s)
+    name: str
+    number: int
+    began: float = field(default_factory=time.monotonic)
 
-    telling = asyncio.create_task(tell())
-    try:
-        yield
-    finally:
-        telling.cancel()
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        return time.monotonic() - self.began
+
+    @contextmanager
+    def told_while_it_lasts(self) -> Iterator[None]:
+        """Logs a load that takes long, again and again: an engine may be built for minutes, a file system may hang."""
+
+        async def tell() -> None:
+            while True:
+                await asyncio.sleep(_LONG_LOAD_S)
+                _log.warning(
+                    "model is still being loaded", model=self.name, version=self.number, seconds=round(self.seconds)
+                )
+
+        telling = asyncio.create_task(tell())
+        try:
+            yield
+        finally:
+            telling.cancel()
 
 
 def meaning(error: Exception, version: str, path: Path | None) -> ConvoyError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from service.errors import PASSING, ConvoyError, NotFoundError
+from service.loading import Load
 from service.routing import Routing
 from service.serving import ServedModel
 from service.sources import Fingerprint
@@ -35,8 +36,9 @@ class ModelState:
 
     `routing`: who answers. `served`: versions in service. `seen`: what each version's files were at its last load, good
     or bad. `failed`: why versions could not be loaded. `by_hand`: versions that an operator loaded (True) or unloaded.
-    `unloaded`: all of it, by an operator. `settled`: all that its routing needs has been loaded, or has failed to.
-    `present`: its versions in the source, as of the last look. `changing`: held by who changes what is in service.
+    `loading`: the load under way. `unloaded`: all of it, by an operator. `settled`: all that its routing needs has been
+    loaded, or has failed to. `present`: its versions in the source, as of the last look. `changing`: held by whoever
+    changes what is in service.
     """
 
     routing: Routing
@@ -44,6 +46,7 @@ class ModelState:
     seen: dict[int, Fingerprint] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     by_hand: dict[int, bool] = field(default_factory=dict)
+    loading: Load | None = None
     unloaded: bool = False
     settled: bool = False
     present: list[int] = field(default_factory=list)
@@ -126,10 +129,15 @@ class ModelState:
         """Versions that should be in service as they are in the source, and failed to load."""
         return [] if self.unloaded else [number for number in self.needed(self.present) if number in self.failed]
 
+    @property
+    def unloaded_versions(self) -> list[int]:
+        """Those that an operator took out of service, as far as they are in the source."""
+        return [number for number in self.present if not self.by_hand.get(number, True)]
+
     # --- loads
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def awaiting(self) -> Iterator[None]:
         """While it lasts, a model without a version in service is not ready, rather than unknown."""
         self._loads += 1
         try:

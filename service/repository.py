@@ -122,11 +122,9 @@ class Repository:
         """Of the models that have a served version."""
         return (name for name, model in self._models.items() if model.served)
 
-    def failures(self) -> Iterator[tuple[str, int, str]]:
-        """Name, number and reason of every version that could not be loaded, as of its last attempt."""
-        for name, model in sorted(self._models.items()):
-            for number, reason in sorted(model.failed.items()):
-                yield name, number, reason
+    def states(self) -> list[tuple[str, ModelState]]:
+        """What is known of every model, by name; to be read only."""
+        return sorted(self._models.items())
 
     def routing(self, name: str) -> Routing:
         """How a model's requests are routed."""
@@ -181,7 +179,8 @@ class Repository:
             return
         self._note_emptiness(present)
         for name, model in self._models.items():
-            model.forget_failures(present.get(name, []))
+            model.present = present.get(name, [])
+            model.forget_failures(model.present)
         for name, numbers in sorted(present.items()):
             known = self._models.get(name)
             if name in (self._names or present) and (known is None or not known.unloaded):
@@ -209,7 +208,7 @@ class Repository:
     async def _load_again(self, name: str, number: int | None) -> None:
         await self._numbers(name, number)  # of a model that is not there nothing is noted
         model = self._model(name)
-        with model.loading():
+        with model.awaiting():
             async with model.changing, self._loading:
                 present = await self._numbers(name, number)  # now that it is its turn
                 if number is None:
@@ -396,7 +395,7 @@ class Repository:
         model = self._model(name)
         model.present = present
         try:
-            with model.loading():
+            with model.awaiting():
                 for number in model.needed(present):
                     with suppress(*(() if strict else (ConvoyError,))):
                         await self._replace(name, number, force=force, unless_served=strict)
@@ -464,9 +463,10 @@ class Repository:
         """A version that is ready to serve, and its canary's largest difference; a failure is counted and kept."""
         model = self._model(name)
         model.seen[number] = fingerprint
+        model.loading = load = loading.Load(name, number)
         path: Path | None = None
         try:
-            with loading.told_while_it_lasts(name, number):
+            with load.told_while_it_lasts():
                 path = await asyncio.to_thread(self._source.fetch, name, number)
                 gently = any(model.served for model in self._models.values())  # at the start nobody waits for the CPU
                 served, difference = await asyncio.to_thread(self._load, path, gently)
@@ -477,6 +477,8 @@ class Repository:
             if failure is error:
                 raise
             raise failure from error
+        finally:
+            model.loading = None
         model.note_success(number)
         return served, difference
 

@@ -72,7 +72,7 @@ def _stub(address: str, *, when_late: str = _WAIT_LONGER) -> Iterator[pb_grpc.Ad
 @_admin
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def status(admin: str, as_json: bool) -> None:
-    """Show what a server serves, how it is routed, and what failed to load.
+    """Show what a server serves, how it is routed, what is being loaded, failed to load, or was unloaded.
 
     \b
     Examples:
@@ -91,12 +91,17 @@ def status(admin: str, as_json: bool) -> None:
         click.echo("nothing is served")
     for model in reply.models:
         numbers = {served.version for served in model.versions}
-        routing = _routing_text(model.routing, numbers) if numbers else "not served"
+        state = "unloaded" if model.unloaded else "not served"
+        routing = _routing_text(model.routing, numbers) if numbers else state
         click.echo(f"{click.style(model.model, bold=True)}  {routing}")
         split = numbers.intersection(model.routing.traffic)
         for served in model.versions:
             answers = ", answers" if (served.version in split if split else served.is_default) else ""
             click.echo(f"  version {served.version}: {served.architecture} on {served.provider}{answers}")
+        if model.HasField("loading"):
+            click.echo(f"  version {model.loading.version} is being loaded ({model.loading.seconds:.0f} s so far)")
+        for number in () if model.unloaded else model.unloaded_versions:
+            click.echo(f"  version {number}: unloaded")
         for failure in model.failures:
             click.secho(f"  version {failure.version} failed to load: {failure.reason}", fg="red")
 

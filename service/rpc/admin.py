@@ -13,6 +13,7 @@ from grpc import aio
 
 from service import logs
 from service.errors import ConvoyError, InvalidRequestError
+from service.model_state import ModelState
 from service.repository import Repository
 from service.routing import Routing
 from service.rpc.describe import summary
@@ -55,18 +56,27 @@ class Admin(pb_grpc.AdminServicer):
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         """Tells everything."""
         del request, context
-        models: dict[str, pb.ModelStatus] = {}
+        statuses = [self._status(name, model) for name, model in self._repository.states()]
+        return pb.GetStatusResponse(models=[each for each in statuses if _says_anything(each)])
 
-        def status_of(name: str) -> pb.ModelStatus:
-            if name not in models:
-                models[name] = pb.ModelStatus(model=name, routing=_message(self._repository.routing(name)))
-            return models[name]
+    def _status(self, name: str, model: ModelState) -> pb.ModelStatus:
+        load = model.loading
+        return pb.ModelStatus(
+            model=name,
+            versions=[summary(self._repository, served) for _, served in sorted(model.served.items())],
+            routing=_message(model.routing),
+            failures=[pb.LoadFailure(version=number, reason=why) for number, why in sorted(model.failed.items())],
+            loading=pb.LoadUnderWay(version=load.number, seconds=load.seconds) if load else None,
+            unloaded_versions=model.unloaded_versions,
+            unloaded=model.unloaded and bool(model.present),
+        )
 
-        for served in self._repository:
-            status_of(served.name).versions.append(summary(self._repository, served))
-        for name, number, reason in self._repository.failures():
-            status_of(name).failures.append(pb.LoadFailure(version=number, reason=reason))
-        return pb.GetStatusResponse(models=models.values())
+
+def _says_anything(status: pb.ModelStatus) -> bool:
+    """Of a model that is gone from the repository nothing is left but its routing."""
+    return bool(
+        status.versions or status.failures or status.HasField("loading") or status.unloaded_versions or status.unloaded
+    )
 
 
 @contextlib.contextmanager

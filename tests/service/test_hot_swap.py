@@ -3,6 +3,7 @@
 import asyncio
 import math
 import shutil
+import threading
 from itertools import count
 
 import grpc
@@ -13,8 +14,9 @@ from convoy.v1 import admin_pb2, admin_pb2_grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
-from toys import grey_png, real_server, write_version
+from toys import eventually, grey_png, real_server, write_version
 
+from service import serving
 from service.commands.admin import status
 
 WHITE = grey_png(255)
@@ -232,35 +234,71 @@ async def test_traffic_is_split_by_weight(repository):
         assert (await ends.classify(version=1)).version == 1
 
 
+async def told_by_status(ends):
+    """What `convoy status` prints, without the lines of the server's log."""
+    arguments = ["--admin", f"127.0.0.1:{ends.server.admin_port}"]
+    shown = (await asyncio.to_thread(CliRunner().invoke, status, arguments)).output
+    return [line for line in shown.splitlines() if line.startswith(("grey", "  version", "nothing"))]
+
+
 async def test_status_tells_every_version_that_answers(repository):
     for number in (2, 3):
         write_version(repository, "grey", number)
     async with Around(repository) as ends:
         routing = admin_pb2.Routing(versions="all", traffic={1: 1, 2: 1})
         await ends.admin.SetRouting(admin_pb2.SetRoutingRequest(model="grey", routing=routing))
-        arguments = ["--admin", f"127.0.0.1:{ends.server.admin_port}"]
-        told = await asyncio.to_thread(CliRunner().invoke, status, arguments)
-        assert [line.endswith("answers") for line in told.output.splitlines()] == [False, True, True, False]
+        assert [line.endswith("answers") for line in await told_by_status(ends)] == [False, True, True, False]
 
 
 async def test_status_divides_among_what_is_in_service(repository):
     write_version(repository, "grey", 2)
     async with Around(repository) as ends:
-        arguments = ["--admin", f"127.0.0.1:{ends.server.admin_port}"]
         routing = admin_pb2.Routing(versions="all", traffic={1: 3, 2: 1})
         await ends.admin.SetRouting(admin_pb2.SetRoutingRequest(model="grey", routing=routing))
         told = []
         for unloaded in ({}, {"version": 2}, {"version": 1}):
             if unloaded:
                 await ends.admin.UnloadModel(admin_pb2.UnloadModelRequest(model="grey", **unloaded))
-            shown = (await asyncio.to_thread(CliRunner().invoke, status, arguments)).output
-            told += [line for line in shown.splitlines() if line.startswith(("grey", "nothing"))]  # none of the log's
+            told.append((await told_by_status(ends))[0])
 
     assert told == [
         "grey  serves all; 75% to version 1, 25% to version 2",
         "grey  serves all; 100% to version 1 (version 2 is not in service)",
-        "nothing is served",
+        "grey  unloaded",
     ]
+
+
+async def test_status_tells_of_a_load_while_it_lasts(repository, monkeypatch):
+    held, load = threading.Event(), serving.load
+    async with Around(repository) as ends:
+        write_version(repository, "grey", 2)
+        monkeypatch.setattr(serving, "load", lambda *args, **options: held.wait(20) and load(*args, **options))
+        polling = asyncio.create_task(ends.server.repository.poll())
+        await eventually(lambda: ends.server.repository.states()[0][1].loading)
+        during = await told_by_status(ends)
+        held.set()
+        await polling
+        after = await told_by_status(ends)
+
+    assert "  version 2 is being loaded (0 s so far)" in during
+    assert "  version 1: " in during[1]
+    assert [line[:11] for line in after[1:]] == ["  version 2"]
+
+
+async def test_status_tells_what_was_unloaded_until_it_is_gone(repository):
+    write_version(repository, "grey", 2)
+    async with Around(repository) as ends:
+        await ends.admin.LoadModel(admin_pb2.LoadModelRequest(model="grey", version=1))
+        await ends.admin.UnloadModel(admin_pb2.UnloadModelRequest(model="grey", version=1))
+        one = await told_by_status(ends)
+        await ends.admin.UnloadModel(admin_pb2.UnloadModelRequest(model="grey"))
+        both = await told_by_status(ends)
+        shutil.rmtree(repository / "grey")
+        await ends.server.repository.poll()
+        none = await told_by_status(ends)
+
+    assert one[-1] == "  version 1: unloaded"
+    assert (both, none) == (["grey  unloaded"], ["nothing is served"])
 
 
 async def test_who_changed_what_is_in_the_log(repository):

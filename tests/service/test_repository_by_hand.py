@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import toys
-from repositories import Gate, damage, opened, served, waiting_for_their_turn
+from repositories import Gate, damage, failures, opened, served, waiting_for_their_turn
 
 from service.errors import (
     ArtifactError,
@@ -107,7 +107,7 @@ async def test_the_only_version_that_answers_stays_when_its_directory_goes(root)
         await repository.poll()
 
         assert repository.get("grey").number == 2
-        assert list(repository.failures()) == []  # that it is gone is no failure to load it
+        assert failures(repository) == []  # that it is gone is no failure to load it
 
 
 async def test_a_route_forgets_what_was_done_by_hand(root):

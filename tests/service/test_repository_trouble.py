@@ -12,7 +12,7 @@ import prometheus_client
 import pytest
 import structlog
 import toys
-from repositories import Clock, damage, opened, served, waiting_for_their_turn
+from repositories import Clock, damage, failures, opened, served, waiting_for_their_turn
 
 from service import artifact, loading
 from service.batcher import Batcher
@@ -53,12 +53,12 @@ async def test_what_was_out_of_reach_is_tried_again_although_nothing_changed(roo
         with monkeypatch.context() as patch:
             patch.setattr(LocalSource, "fetch", lost)
             await repository.poll()
-        assert [number for _, number, _ in repository.failures()] == [11]
+        assert [number for _, number, _ in failures(repository)] == [11]
         clock.now += 1
         await repository.poll()
 
         assert served(repository) == [("grey", 11), ("other", 1)]
-        assert not list(repository.failures())
+        assert not failures(repository)
 
 
 async def test_a_failed_version_that_is_gone_is_no_failure_any_more(root):
@@ -66,12 +66,12 @@ async def test_a_failed_version_that_is_gone_is_no_failure_any_more(root):
         await repository.load_all()
         paths = [toys.write_version(root, name, 11, canary_shift=0.5) for name in ("grey", "new")]
         await repository.poll()
-        assert [(name, number) for name, number, _ in repository.failures()] == [("grey", 11), ("new", 11)]
+        assert [(name, number) for name, number, _ in failures(repository)] == [("grey", 11), ("new", 11)]
         for path in paths:
             shutil.rmtree(path)
         await repository.poll()
 
-        assert not list(repository.failures())
+        assert not failures(repository)
 
 
 async def test_a_directory_that_cannot_be_read_or_named_is_passed_over_once(root, monkeypatch):
@@ -114,7 +114,7 @@ async def test_a_version_that_cannot_be_read_is_counted_and_the_others_go_on(roo
         await repository.poll()
 
         assert served(repository) == [("grey", 10), ("other", 2)]
-        [(name, number, reason)] = repository.failures()
+        [(name, number, reason)] = failures(repository)
         assert (name, number) == ("grey", 11)
         assert "cannot be read" in reason
 
@@ -206,7 +206,7 @@ async def test_a_shortage_of_threads_passes(root, monkeypatch, place):
         toys.write_version(root, "grey", 11)
         short.set()
         await repository.poll()
-        assert [number for _, number, _ in repository.failures()] == [11]
+        assert [number for _, number, _ in failures(repository)] == [11]
         assert served(repository) == [("grey", 10), ("other", 1)]
         short.clear()
         clock.now += 1
@@ -247,7 +247,7 @@ async def test_a_failure_that_nobody_waits_for_is_no_complaint_of_the_event_loop
         loading.cancel()
         held.set()
         await asyncio.gather(loading, return_exceptions=True)
-        while not list(repository.failures()):
+        while not failures(repository):
             await waiting_for_their_turn()
     gc.collect()
     await asyncio.sleep(0)
@@ -297,7 +297,7 @@ async def test_a_failure_that_may_pass_is_tried_again_after_ever_longer_pauses(r
         await repository.poll()
 
         assert served(repository) == [("grey", 11)]
-        assert list(repository.failures()) == []
+        assert failures(repository) == []
 
 
 async def test_a_version_that_cannot_be_looked_at_holds_up_no_other(root):
@@ -313,7 +313,7 @@ async def test_a_version_that_cannot_be_looked_at_holds_up_no_other(root):
 
         assert served(repository) == [("grey", 10), ("other", 2)]
         assert repository.get("grey") is before
-        assert list(repository.failures()) == []
+        assert failures(repository) == []
 
 
 async def test_a_new_version_that_cannot_be_looked_at_is_a_failure_until_it_can(root):
@@ -324,7 +324,7 @@ async def test_a_new_version_that_cannot_be_looked_at_is_a_failure_until_it_can(
         source.broken = (("grey", 11),)
         for _ in range(4):
             await repository.poll()
-        assert list(repository.failures()) == [("grey", 11, "grey version 11 cannot be listed")]
+        assert failures(repository) == [("grey", 11, "grey version 11 cannot be listed")]
         assert repository.registry.get_sample_value("convoy_model_load_failures_total", {"model": "grey"}) == 1
         clock.now += 1
         source.broken = ()
@@ -333,7 +333,7 @@ async def test_a_new_version_that_cannot_be_looked_at_is_a_failure_until_it_can(
         await repository.poll()
 
         assert repository.get("grey") is loaded
-        assert (loaded.number, list(repository.failures())) == (11, [])
+        assert (loaded.number, failures(repository)) == (11, [])
 
 
 @pytest.mark.parametrize("number", [None, 10])
@@ -386,7 +386,7 @@ async def test_whatever_a_version_raises_ends_no_round(root):
         toys.write_version(root, "grey", 11)
         await repository.poll()
 
-        assert [(name, number) for name, number, _ in repository.failures()] == [("grey", 11)]
+        assert [(name, number) for name, number, _ in failures(repository)] == [("grey", 11)]
         assert served(repository) == [("grey", 10), ("other", 1)]
 
 
@@ -401,7 +401,7 @@ async def test_memory_that_is_short_for_a_while_does_not_keep_a_version_out(root
         toys.write_version(root, "grey", 11)
         short.set()
         await repository.poll()
-        [(_, _, reason)] = repository.failures()
+        [(_, _, reason)] = failures(repository)
         short.clear()
         clock.now += 1
         await repository.poll()

@@ -55,6 +55,11 @@ def served(repository):
     return [(model.name, model.number) for model in repository]
 
 
+def failures(repository):
+    """Name, number and reason of every version that could not be loaded, as of its last attempt."""
+    return [(name, *failed) for name, model in repository.states() for failed in sorted(model.failed.items())]
+
+
 def damage(path):
     (path / "model.onnx").write_bytes(b"damaged")
 

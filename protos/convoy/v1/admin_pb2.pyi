@@ -248,7 +248,12 @@ class ModelStatus(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     ROUTING_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    LOADING_FIELD_NUMBER: _builtins.int
+    UNLOADED_VERSIONS_FIELD_NUMBER: _builtins.int
+    UNLOADED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    unloaded: _builtins.bool
+    """So is the whole model: no other version of it takes their place."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[_image_classifier_pb2.ModelSummary]:
         """In service."""
@@ -259,6 +264,14 @@ class ModelStatus(_message.Message):
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadFailure]:
         """Versions whose last attempt to load failed."""
 
+    @_builtins.property
+    def loading(self) -> Global___LoadUnderWay:
+        """Unset: no version of this model is being loaded."""
+
+    @_builtins.property
+    def unloaded_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Taken out of service by UnloadModel; LoadModel brings them back, new files do not."""
+
     def __init__(
         self,
         *,
@@ -266,14 +279,42 @@ class ModelStatus(_message.Message):
         versions: _abc.Iterable[_image_classifier_pb2.ModelSummary] | None = ...,
         routing: Global___Routing | None = ...,
         failures: _abc.Iterable[Global___LoadFailure] | None = ...,
+        loading: Global___LoadUnderWay | None = ...,
+        unloaded_versions: _abc.Iterable[_builtins.int] | None = ...,
+        unloaded: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loading", b"_loading", "loading", b"loading", "routing", b"routing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "model", b"model", "routing", b"routing", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loading", b"_loading", "failures", b"failures", "loading", b"loading", "model", b"model", "routing", b"routing", "unloaded", b"unloaded", "unloaded_versions", b"unloaded_versions", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__loading: _TypeAlias = _typing.Literal["loading"]  # noqa: Y015
+    _WhichOneofArgType__loading: _TypeAlias = _typing.Literal["_loading", b"_loading"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loading) -> _WhichOneofReturnType__loading | None: ...
+
+Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class LoadUnderWay(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    seconds: _builtins.float
+    """How long it has lasted: fetching, verifying, warming up; on some devices an engine is built for minutes."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+Global___LoadUnderWay: _TypeAlias = LoadUnderWay  # noqa: Y015
 
 @_typing.final
 class LoadFailure(_message.Message):

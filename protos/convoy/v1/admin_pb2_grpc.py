@@ -97,7 +97,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """Everything in service, how it is routed, and what failed to load.
+        """Everything in service and how it is routed, what is being loaded, what failed to load, and what was unloaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

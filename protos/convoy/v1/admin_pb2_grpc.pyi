@@ -55,7 +55,7 @@ class AdminStub:
     the server restarts; put it into the settings file to keep it.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
-    """Everything in service, how it is routed, and what failed to load."""
+    """Everything in service and how it is routed, what is being loaded, what failed to load, and what was unloaded."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -80,7 +80,7 @@ class AdminAsyncStub(AdminStub):
     the server restarts; put it into the settings file to keep it.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
-    """Everything in service, how it is routed, and what failed to load."""
+    """Everything in service and how it is routed, what is being loaded, what failed to load, and what was unloaded."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """Status codes of every method:
@@ -126,6 +126,6 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]:
-        """Everything in service, how it is routed, and what failed to load."""
+        """Everything in service and how it is routed, what is being loaded, what failed to load, and what was unloaded."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -56,20 +56,12 @@ class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType
     STATE_UNSPECIFIED: _State.ValueType  # 0
     READY: _State.ValueType  # 1
     """Loaded, warmed up, its canary passed."""
-    LOADING: _State.ValueType  # 2
-    """Being loaded; not yet able to answer. Not sent at present: such a version is not listed."""
-    UNAVAILABLE: _State.ValueType  # 3
-    """Not served: it failed to load, or was unloaded. Not sent at present: `Admin.GetStatus` lists failures."""
 
 class State(_State, metaclass=_StateEnumTypeWrapper): ...
 
 STATE_UNSPECIFIED: State.ValueType  # 0
 READY: State.ValueType  # 1
 """Loaded, warmed up, its canary passed."""
-LOADING: State.ValueType  # 2
-"""Being loaded; not yet able to answer. Not sent at present: such a version is not listed."""
-UNAVAILABLE: State.ValueType  # 3
-"""Not served: it failed to load, or was unloaded. Not sent at present: `Admin.GetStatus` lists failures."""
 Global___State: _TypeAlias = State  # noqa: Y015
 
 @_typing.final
@@ -380,6 +372,7 @@ class ModelSummary(_message.Message):
     name: _builtins.str
     version: _builtins.int
     state: Global___State.ValueType
+    """READY: what is being loaded, or cannot be, is in `Admin.GetStatus`."""
     architecture: _builtins.str
     """Architecture, for instance "lenet5"."""
     num_classes: _builtins.int
