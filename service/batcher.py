@@ -343,6 +343,8 @@ class Batcher(Generic[P, R]):
         """Takes what runs next, at most so many images. Under the lock."""
         now = self._clock()
         taken = self._queue.take(images, now + self._sizes.cautious_s(images), self._shedder(now))
+        if self._codel is not None and not len(self._queue):
+            self._codel.emptied()
         if not taken.parts and any(job.deadline >= now for job in taken.expired):
             self._sizes.doubt(images)
         self._running += taken.images

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+_RECENT_INTERVALS = 16  # RFC 8289, 5.5
+
 
 class CoDel:
     """The control law. Not thread-safe; times are monotonic seconds.
@@ -24,6 +26,7 @@ class CoDel:
         self._dropping = False
         self._drop_next = 0.0
         self._count = 0
+        self._last_count = 0  # where the last time of shedding began
 
     def sheds(self, waited_s: float, now: float) -> bool:
         """Whether the job at the head of the queue, which has waited so long, is to be shed."""
@@ -34,8 +37,9 @@ class CoDel:
         if not self._dropping:
             self._dropping = True
             # Coming back to a recent overload, go on near the rate that controlled it.
-            recent = now - self._drop_next < 8 * self.interval_s
-            self._count = max(1, self._count - 2) if recent and self._count > 2 else 1  # noqa: PLR2004  # RFC 8289, 5.5
+            shed = self._count - self._last_count
+            recent = now - self._drop_next < _RECENT_INTERVALS * self.interval_s
+            self._count = self._last_count = shed if shed > 1 and recent else 1
             self._drop_next = now + self.interval_s / math.sqrt(self._count)
             return True
         if now < self._drop_next:
@@ -43,6 +47,11 @@ class CoDel:
         self._count += 1
         self._drop_next += self.interval_s / math.sqrt(self._count)
         return True
+
+    def emptied(self) -> None:
+        """The queue has nothing left: it is none that stands."""
+        self._first_above = None
+        self._dropping = False
 
     def _standing(self, waited_s: float, now: float) -> bool:
         if waited_s < self.target_s:

@@ -177,7 +177,8 @@ class Repository:
             self._metrics.repository_reachable.set(0)
             _log.warning("repository cannot be read", error=str(error))
             return
-        self._note_emptiness(present)
+        if self._is_lost(present):
+            return
         for name, model in self._models.items():
             model.present = present.get(name, [])
             model.forget_failures(model.present)
@@ -372,8 +373,8 @@ class Repository:
             raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
         return present
 
-    def _note_emptiness(self, present: Mapping[str, list[int]]) -> None:
-        """A volume that is not mounted any more is an empty directory: new versions are not seen."""
+    def _is_lost(self, present: Mapping[str, list[int]]) -> bool:
+        """A volume that is not mounted any more is an empty directory: what was in it still counts."""
         empty = not present and any(True for _ in self)
         self._metrics.repository_reachable.set(not empty)
         if empty and not self._empty:
@@ -382,6 +383,7 @@ class Repository:
                 repository=self._source.location,
             )
         self._empty = empty
+        return empty
 
     async def _settle(self, name: str, present: list[int], *, strict: bool, force: bool = False) -> None:
         """Loads what a model needs, and retires the rest. The caller holds both locks.

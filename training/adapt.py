@@ -81,12 +81,12 @@ def wrap(model: onnx.ModelProto, image: ImageInput, output: str, rule: Normalisa
     graph.initializer.extend([*constants, *end[1]])
     wrapped.ClearField("metadata_props")
     if not any(_has_branches(node) for node in body):  # they may read the weights that the scale would go into
-        fold_scale(wrapped)
+        fold_scale(wrapped, constants[-1].name)
     return wrapped
 
 
 def _front(image: ImageInput, rule: Normalisation) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Nodes from uint8[N, H, W, C] to what the graph takes, and their constants."""
+    """Nodes from uint8[N, H, W, C] to what the graph takes, and their constants, of which the scale is the last."""
     nodes, constants, value = [], [], INPUT_NAME
 
     def then(operation: str, *others: str, **attributes: Any) -> None:

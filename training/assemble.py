@@ -79,7 +79,7 @@ def build_trainer(
 ) -> Trainer:
     """The loop around a stepper, with the precision chosen."""
     source = build_source(experiment, data, group)
-    stepper.precision = group.from_main(lambda: _precision(experiment, stepper, source))
+    stepper.precision = group.from_main(lambda: choose_precision(experiment, stepper, source))
     return Trainer(
         stepper,
         source,
@@ -121,7 +121,7 @@ def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source
     return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
 
 
-def _precision(experiment: Experiment, stepper: Stepper, source: Source) -> Precision:
+def choose_precision(experiment: Experiment, stepper: Stepper, source: Source) -> Precision:
     """What was asked for; `auto` measures, unless the run has to be repeatable."""
     wanted = experiment.loop.precision
     if wanted != "auto":

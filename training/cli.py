@@ -39,7 +39,7 @@ _CTRL_C = 130
     help="Checkpoints, logs and settings go to RUNS/NAME/<number>/.",
 )
 @click.option("--config", help="Experiment file, or the name of one of those that come along; flags override it.")
-@click.option("--resume", is_flag=True, help="Go on with the newest run in RUNS/NAME.")
+@click.option("--resume", is_flag=True, help="Go on with the newest run in RUNS/NAME that has a checkpoint.")
 @click.option(
     "--resume-if-any",
     is_flag=True,
@@ -88,8 +88,7 @@ def train(
     require_extra()
     from training.config import check_transfer, find_experiment, load_experiment
     from training.display import console_of_process
-    from training.distributed import restarted
-    from training.folders import LAST, as_yaml, begun_run, latest_run, name_for, settings_of
+    from training.folders import as_yaml, name_for, newest_run, settings_of
     from training.interrupt import InterruptedRunError
     from training.run import run, search_learning_rate
 
@@ -99,13 +98,13 @@ def train(
     if print_settings or data is None:
         click.echo(as_yaml(experiment), nl=False)
         return
-    folder = latest_run(runs / experiment.name, LAST) if resume else None
-    if (resume_if_any or restarted()) and not resume:
-        folder = begun_run(runs / experiment.name, LAST)
+    folder = _begun(runs / experiment.name, needed=resume, wanted=resume_if_any)
     if folder:
         experiment = settings_of(folder, file, overrides)
     check_transfer(experiment, overrides)
     display = console_of_process()
+    if folder and (newer := newest_run(runs / experiment.name)) != folder:
+        display.say(f"{newer} has no checkpoint; going on with {folder}")
     if find_lr:
         search_learning_rate(experiment, data, runs, display)
         return
@@ -122,6 +121,19 @@ def train(
     display.say("Next:")
     display.say(f"  convoy serve --repository {shlex.quote(str(repository))}")
     display.say(f"  convoy classify IMAGE --server localhost:8500 --model {experiment.name}")
+
+
+def _begun(parent: Path, *, needed: bool, wanted: bool) -> Path | None:
+    """The run to go on with: the newest with a checkpoint if that is asked for, or this one, started again."""
+    from training.distributed import restarted
+    from training.folders import LAST, begun_run, latest_run
+
+    if needed:
+        return latest_run(parent, LAST)
+    if wanted:
+        return begun_run(parent, LAST)
+    began = restarted()
+    return None if began is None else begun_run(parent, LAST, began)
 
 
 @click.command(short_help="Draw what augmentation does to images.")

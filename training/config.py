@@ -128,11 +128,12 @@ class OptimiserConfig(Section):
 class ScheduleConfig(Section):
     """How the learning rate moves.
 
-    `warmup`: fraction of all steps in which it rises. `final`: what it falls to, over the peak.
+    `warmup`: fraction of all steps in which it rises; None: 0.3 of a cycle, 0.05 of the others. `final`: what it falls
+    to, over the peak.
     """
 
     name: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
-    warmup: Fraction = 0.3
+    warmup: Fraction | None = None
     final: Fraction = 0.0
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from service.errors import DataError
-from training.listing import SPLIT_ALIASES, SUFFIXES, TRAIN, Entry, Listing, is_image, listing_of
+from service.files import IMAGES
+from training.listing import SPLIT_ALIASES, TRAIN, Entry, Listing, is_image, listing_of
 from training.tables import list_table
 
 _ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"})
@@ -129,7 +130,7 @@ def _check_folders(root: Path, found: Mapping[str, Sequence[str]]) -> None:
         loose = sum(is_image(entry.name) for entry in _entries(root))
         if loose:
             raise DataError(f"{root} holds {loose} images but no folders of images; {layout}")
-        raise DataError(f"{root} holds no images ({', '.join(sorted(SUFFIXES))}); {layout}")
+        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGES))}); {layout}")
     empty = [name for name, paths in found.items() if not paths]
     if empty:
         raise DataError(f"{root}: no images in {_some(empty)}; add images or remove the folder")

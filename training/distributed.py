@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
@@ -111,7 +112,7 @@ def joined() -> Iterator[Group]:
 
     With GPUs the collectives of the loop's few numbers still run on the CPU (gloo), those of gradients on nccl.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes()
     if world == 1:
         yield Group()
         return
@@ -139,9 +140,17 @@ def _end_threads() -> None:
     _joined.clear()
 
 
-def restarted() -> bool:
-    """Whether `torchrun` has started these processes again after one of them was lost."""
-    return _attempt() > 0
+def processes() -> int:
+    """How many `torchrun` has started, this one among them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarted() -> float | None:
+    """When the `torchrun` began that has started these processes again, after one of them was lost.
+
+    In seconds of the epoch; None if they are its first, or nobody's.
+    """
+    return psutil.Process(os.getppid()).create_time() if _attempt() > 0 else None
 
 
 def _attempt() -> int:

@@ -23,6 +23,7 @@ SETTINGS = "experiment.yaml"
 LAST = "last.pt"  # the checkpoint that a run is resumed from
 
 _LONGEST_NAME = 64
+_CLOCKS_S = 5.0  # by which those of a file server and of a process may differ
 _SUFFIXES = re.compile(r"(\.(csv|gz|onnx|parquet|pq|tar|tsv|txt))+$", re.IGNORECASE)
 _EXPORT = "export."  # has no part in the weights
 
@@ -127,11 +128,25 @@ def latest_run(parent: Path, checkpoint: str) -> Path:
     return folder
 
 
-def begun_run(parent: Path, checkpoint: str) -> Path | None:
-    """The newest run that has written a checkpoint (a file of that name); None if no run has got that far."""
+def begun_run(parent: Path, checkpoint: str, since: float = 0) -> Path | None:
+    """The newest run that has written a checkpoint (a file of that name); None if no run has got that far.
+
+    `since`: seconds of the epoch; runs that began before do not count.
+    """
+    for folder in _newest_first(parent):
+        if (folder / checkpoint).is_file():
+            return folder if (folder / SETTINGS).stat().st_mtime >= since - _CLOCKS_S else None
+    return None
+
+
+def newest_run(parent: Path) -> Path | None:
+    """The run that began last, however far it has got."""
+    return next(_newest_first(parent), None)
+
+
+def _newest_first(parent: Path) -> Iterator[Path]:
     numbers = _numbers(parent) if parent.is_dir() else []
-    begun = (parent / str(number) for number in sorted(numbers, reverse=True))
-    return next((folder for folder in begun if (folder / checkpoint).is_file()), None)
+    return (parent / str(number) for number in sorted(numbers, reverse=True))
 
 
 def settings_of(folder: Path, file: Path | None, overrides: Mapping[str, Any]) -> Experiment:

@@ -104,7 +104,7 @@ def to_onnx(servable: Servable, spec: InputSpec) -> onnx.ModelProto:
     ClearMetadataAndDocStringPass()(program.model)
     model = onnx_ir.to_proto(program.model)
     _strip_values(model.graph)
-    fold_scale(model)
+    fold_scale(model, "scale")
     return model
 
 
@@ -121,29 +121,32 @@ def check_size(size_bytes: int) -> None:
         )
 
 
-def fold_scale(model: onnx.ModelProto) -> bool:
+def fold_scale(model: onnx.ModelProto, scale: str) -> bool:
     """Folds a per-channel Mul by a constant into the weights of the convolution that alone consumes it.
+
+    Args:
+        model: changed in place.
+        scale: name of the constant, [1, C, 1, 1] or one number. Another Mul of the graph may broadcast channels.
 
     Returns:
         Whether the graph had that form; otherwise it stays as it is, correct and one operation longer.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    for mul in (node for node in graph.node if node.op_type == "Mul"):
-        factor = next((name for name in mul.input if name in constants), None)
-        conv = _only_user(graph, mul.output[0])
-        if factor is None or conv is None or conv.op_type != "Conv" or conv.input[0] != mul.output[0]:
-            continue
-        weights = constants.get(conv.input[1])
-        if weights is None or _only_user(graph, weights.name) is None or not _is_per_channel(constants[factor]):
-            continue
-        weights.CopyFrom(_scaled(weights, numpy_helper.to_array(constants[factor]), _group(conv)))
-        conv.input[0] = next(name for name in mul.input if name != factor)
-        graph.node.remove(mul)
-        if not any(factor in node.input for node in graph.node):
-            graph.initializer.remove(constants[factor])
-        return True
-    return False
+    mul = _only_user(graph, scale)
+    if mul is None or mul.op_type != "Mul" or scale not in constants or not _is_per_channel(constants[scale]):
+        return False
+    conv = _only_user(graph, mul.output[0])
+    if conv is None or conv.op_type != "Conv" or conv.input[0] != mul.output[0]:
+        return False
+    weights = constants.get(conv.input[1])
+    if weights is None or _only_user(graph, weights.name) is None:
+        return False
+    weights.CopyFrom(_scaled(weights, numpy_helper.to_array(constants[scale]), _group(conv)))
+    conv.input[0] = next(name for name in mul.input if name != scale)
+    graph.node.remove(mul)
+    graph.initializer.remove(constants[scale])
+    return True
 
 
 def _only_user(graph: onnx.GraphProto, name: str) -> onnx.NodeProto | None:

@@ -93,12 +93,13 @@ def import_model(
     require_extra()
     from service.artifact import Weights
     from training.conventions import Request
+    from training.folders import name_for
     from training.importer import import_version
 
     request = Request(
         model=model,
         labels=labels,
-        name=name or model.stem,
+        name=name or name_for(model),
         weights=Weights(source=source, licence=licence),
         **choices,
     )

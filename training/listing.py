@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DataError
+from service.files import IMAGES, OTHER_PICTURES
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"})
-# Pictures all the same: reading sets them aside by name, where passing over them would lose part of a set unnoticed.
-_UNREADABLE = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".svg", ".tif", ".tiff"})
-_PICTURES = SUFFIXES | _UNREADABLE
+# Those that are not decoded, too: reading sets them aside by name, where part of a set would be lost unnoticed.
+_PICTURES = IMAGES | OTHER_PICTURES
 TRAIN, VALIDATION, TEST, UNDECIDED = 0, 1, 2, -1
 SPLIT_NAMES = ("train", "validation", "test")
 # What other tools call the parts.
@@ -91,6 +90,13 @@ def listing_of(
         classes=classes,
         splits=np.fromiter((entry.split for entry in entries), np.int8, len(entries)),
     )
+
+
+def in_order(labels: Collection[str]) -> list[str]:
+    """Classes of a table or of shards: numbers by their value, so that they are the labels; else by name."""
+    if all(label.isdecimal() for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
 
 
 def _check_names(entries: Sequence[Entry]) -> None:

@@ -30,7 +30,8 @@ from service.preprocess import preprocess
 from training.listing import SPLIT_NAMES, UNDECIDED, Listing
 
 _CHUNK = 32
-_DECODERS = ("preprocess", "decode_jpeg", "decode_pillow", "exif", "geometry", "image_header", "jpeg_markers")
+# Modules of the service that make pixels.
+DECODERS = ("preprocess", "decode_jpeg", "decode_pillow", "exif", "geometry", "image_header", "jpeg_markers", "png")
 _LIBRARIES = ("simplejpeg", "pillow", "cykooz-resizer")
 _GRAYSCALE_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
 
@@ -42,7 +43,7 @@ def decoder_version() -> str:
     Part of every cache's key: training on pixels that the service does not make any more would go unnoticed.
     """
     code = hashlib.sha256()
-    for name in _DECODERS:
+    for name in DECODERS:
         code.update(inspect.getsource(importlib.import_module(f"service.{name}")).encode())
     return " ".join([code.hexdigest(), *(f"{library}={metadata.version(library)}" for library in _LIBRARIES)])
 

@@ -15,12 +15,12 @@ import torch
 from service.artifact import Weights
 from service.errors import ConfigurationError
 from training import checkpoint
-from training.assemble import build_source, build_stepper, build_trainer, check_model
+from training.assemble import build_source, build_stepper, build_trainer, check_model, choose_precision
 from training.batches import Examples
 from training.calibrate import Calibration, calibration, fit_temperature
 from training.config import Experiment
 from training.display import Display
-from training.distributed import Group, device, joined
+from training.distributed import Group, device, joined, processes
 from training.evaluate import TOP_K, Evaluation, evaluate
 from training.export import export_version
 from training.finder import plot, sweep
@@ -37,6 +37,7 @@ from training.optimise import peak_rate, proven_decay
 from training.phases import Phase
 from training.prepare import parts_given, prepare
 from training.prepared import Part, Prepared
+from training.schedule import proven_warmup
 from training.step import Stepper
 from training.threads import limited_to, thread_count
 from training.trained import Trained
@@ -183,6 +184,8 @@ def _export(experiment: Experiment, trained: Trained, repository: Path, display:
 
 def search_learning_rate(experiment: Experiment, source: Path, runs: Path, display: Display) -> float:
     """Sweeps the learning rate, writes the curve into a new run's folder, and says what it suggests."""
+    if processes() > 1:
+        raise ConfigurationError("the search for a learning rate takes one process; start it without torchrun")
     entry, group = describe(experiment.model.name), Group()
     check_apart(source, {"--runs": runs})
     check_writable(runs / experiment.name, "the folder of runs")
@@ -193,9 +196,9 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
         data.write_reports(folder)
     stepper, _ = build_stepper(experiment, entry, data, group)
     with limited_to(_threads(experiment, stepper, data)), kept_memory():
-        if experiment.loop.precision != "auto":
-            stepper.precision = experiment.loop.precision
-        found = sweep(stepper, build_source(experiment, data, group), plan(experiment, entry)[-1])
+        images = build_source(experiment, data, group)
+        stepper.precision = choose_precision(experiment, stepper, images)
+        found = sweep(stepper, images, plan(experiment, entry)[-1])
     plot(found, folder / "learning-rate.png")
     display.say(f"--learning-rate {found.suggestion:.1e}: there the loss falls fastest; {folder / 'learning-rate.png'}")
     return found.suggestion
@@ -242,7 +245,8 @@ def _recipe(experiment: Experiment, trainer: Trainer) -> dict[str, Any]:
     """The settings, with what was chosen where they leave a choice."""
     tree = {**experiment.model_dump(mode="json"), "precision": trainer.precision}
     chosen = {"learning_rate": peak_rate(experiment), "weight_decay": proven_decay(experiment.optimiser)}
-    return {**tree, "optimiser": {**tree["optimiser"], **chosen}}
+    schedule = {**tree["schedule"], "warmup": proven_warmup(experiment.schedule)}
+    return {**tree, "optimiser": {**tree["optimiser"], **chosen}, "schedule": schedule}
 
 
 def without_skill(evaluation: Evaluation, classes: Sequence[str]) -> str:

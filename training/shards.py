@@ -31,6 +31,7 @@ from training.draws import draws
 from training.listing import SPLIT_ALIASES, TRAIN, is_image
 from training.seeds import Purpose, derive
 
+_SHARDS = "[!.]*.tar"  # without those that a Mac puts beside each
 _LABEL = "cls"
 
 
@@ -75,7 +76,7 @@ class ShardSet:
 
 def is_sharded(source: Path) -> bool:
     """Whether a source is a folder of tar files or a list of shards."""
-    return source.suffix == ".txt" if source.is_file() else source.is_dir() and any(source.glob("*.tar"))
+    return source.suffix == ".txt" if source.is_file() else source.is_dir() and any(source.glob(_SHARDS))
 
 
 def find_shards(source: Path) -> list[str]:
@@ -90,11 +91,13 @@ def find_shards(source: Path) -> list[str]:
                 raise DataError(
                     f"{source} holds tar shards and beside them images, as {file}; move one of the two away"
                 )
-        return sorted(str(file) for file in source.glob("*.tar"))
+        return sorted(str(file) for file in source.glob(_SHARDS))
     try:
         lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is no list of shards in UTF-8: {error}") from None
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror}") from error
     urls = [line if "://" in line else str(source.parent / line) for line in lines if line and line[0] != "#"]
     if not urls:
         raise DataError(f"{source} lists no shards; write a path or URL of a .tar file on each line")
@@ -173,7 +176,7 @@ def _with_image(sample: Sample, kind: str, image: bytes) -> Sample:
 def _with_label(sample: Sample, content: bytes) -> Sample:
     if sample.label:
         return sample._replace(repeated="label (.cls)")
-    return sample._replace(label=content.decode("utf-8", "replace").strip())
+    return sample._replace(label=content.decode("utf-8", "replace").replace("\0", "").strip())
 
 
 def _key_of(path: PurePosixPath) -> str:

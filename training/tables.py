@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ConfigurationError, DataError
-from training.listing import SPLIT_ALIASES, UNDECIDED, Entry, Listing, listing_of
+from training.listing import SPLIT_ALIASES, UNDECIDED, Entry, Listing, in_order, listing_of
 
 _PATH, _LABEL, _SPLIT = "path", "label", "split"
 
@@ -18,7 +18,8 @@ def list_table(file: Path) -> Listing:
     """Lists the images of a table; relative paths start at the table's folder.
 
     `split` is train, val (validation) or test; where it is empty or missing, the split is drawn. Other columns are
-    ignored. What `training.split.write_split` wrote can be read.
+    ignored. Labels that are all numbers are in the order of numbers. What `training.split.write_split` wrote can be
+    read.
 
     Raises:
         DataError: the file is no such table, or a row is incomplete; the message has the row's number.
@@ -27,7 +28,7 @@ def list_table(file: Path) -> Listing:
     entries = table_entries(file)
     if not entries:
         raise DataError(f"{file} lists no images")
-    return listing_of(file.parent, entries, source=file)
+    return listing_of(file.parent, entries, in_order({entry.label for entry in entries}), source=file)
 
 
 def table_entries(file: Path) -> list[Entry]:
@@ -56,6 +57,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 yield reader.line_num, row  # as an editor counts: the header is line 1
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV table of images: {error}") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -6,7 +6,6 @@ The images are read once per process, and the test part is never looked at.
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import time
@@ -22,7 +21,7 @@ from service.errors import ConfigurationError, TrainingError
 from training.assemble import build_stepper, build_trainer
 from training.config import Experiment
 from training.display import Display
-from training.distributed import Group
+from training.distributed import Group, processes
 from training.folders import check_apart, check_writable
 from training.interrupt import Interruption, held_back
 from training.models import describe
@@ -82,7 +81,7 @@ def tune(job: Tuning, display: Display) -> Outcome:
         TrainingError: all trials have failed, or the storage fails.
     """
     began = time.monotonic()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise ConfigurationError("tuning is not started by torchrun; start `convoy tune` several times instead")
     check_apart(job.source, {"--runs": job.runs})
     if not re.fullmatch(NAME_PATTERN, job.study):

@@ -11,9 +11,8 @@ from convoy.v1 import image_classifier_pb2 as pb
 from PIL import Image
 
 from service.errors import DataError
-from service.files import visible_below
+from service.files import IMAGES, visible_below
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 # Requests are kept encoded in memory, so that the generator does little else than send.
 MAX_BYTES = 256 << 20
 _QUALITY = 90
@@ -62,9 +61,9 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         if path.is_file():
             yield path
         elif path.is_dir():
-            found = [p for p in visible_below(path) if p.suffix.lower() in _SUFFIXES]
+            found = [p for p in visible_below(path) if p.suffix.lower() in IMAGES]
             if not found:
-                raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
+                raise DataError(f"the folder {path} holds no image ({', '.join(sorted(IMAGES))})")
             yield from found
         else:
             raise DataError(f"{path} does not exist")

@@ -14,18 +14,13 @@ import click
 from service.commands import options
 from service.errors import DataError
 from service.exits import PartialError
-from service.files import visible_below
+from service.files import IMAGES, OTHER_PICTURES, visible_below
 
 if TYPE_CHECKING:
     from convoy.v1 import image_classifier_pb2 as pb
 
     from service.client import Client, TlsFiles
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-# What people take for images, and no server decodes.
-_OTHERS = frozenset(
-    {".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".svg", ".raw", ".dng", ".cr2", ".nef"}
-)
 # What a server says of a request of which no image can be used.
 _FAULT = re.compile(r"(?:^|; )image \d+ \((\w+)\): ")
 _REQUEST_BYTES = 8 << 20
@@ -96,10 +91,10 @@ def _files(arguments: Iterable[str]) -> Iterator[Path]:
         path = Path(argument)
         if path.is_dir():
             files = visible_below(path)
-            found = [p for p in files if p.suffix.lower() in _SUFFIXES]
+            found = [p for p in files if p.suffix.lower() in IMAGES]
             if not found:
-                raise DataError(f"the folder {path} holds no image ({', '.join(sorted(_SUFFIXES))})")
-            if others := [p for p in files if p.suffix.lower() in _OTHERS]:
+                raise DataError(f"the folder {path} holds no image ({', '.join(sorted(IMAGES))})")
+            if others := [p for p in files if p.suffix.lower() in OTHER_PICTURES]:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 click.echo(f"left out: {others[0]}{more}, in formats that are not read; save as JPEG or PNG", err=True)
             yield from found

@@ -526,6 +526,25 @@ async def test_a_standing_queue_is_shed_and_says_so(executor):
     assert all(future.exception().retry_after_ms for future in shed)
 
 
+async def test_a_queue_that_each_batch_empties_does_not_stand(executor):
+    """However long the batches take: to shed would leave executors idle."""
+    clock = Clock()
+    codel = CoDel(target_s=0.005, interval_s=0.1)
+    async with batching(executor, sizes=UpTo(4), codel=codel, clock=clock) as batcher:
+        batcher.submit([0], 1, FOREVER)
+        await executor.began()
+        futures = []
+        for turn in range(6):
+            futures += [batcher.submit([turn], 1, FOREVER) for _ in range(4)]
+            await asyncio.sleep(0)
+            clock.now += 0.1
+            executor.finish()
+            await executor.began()
+        executor.finish()
+
+        assert [await answer(future) for future in futures] == [[2 * turn] for turn in range(6) for _ in range(4)]
+
+
 async def test_what_expired_while_it_waited_casts_no_doubt_on_the_forecast(executor):
     clock, doubts = Clock(), []
 

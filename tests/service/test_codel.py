@@ -62,6 +62,23 @@ def test_a_relapse_goes_on_near_the_rate_that_worked(codel):
     assert gaps[0] < INTERVAL_S / 4
 
 
+def test_each_relapse_begins_with_what_the_last_time_added(codel):
+    shed = len(shed_times(codel, 0.02, start=10, seconds=0.6))
+    for start in (11, 12):
+        codel.sheds(0.001, start - 0.1)
+        times = shed_times(codel, 0.02, start=start, seconds=0.6)
+
+        assert times[1] - times[0] == pytest.approx(INTERVAL_S / (shed - 1) ** 0.5, abs=0.002)
+        shed = len(times)
+
+
+def test_a_queue_that_was_emptied_does_not_stand(codel):
+    codel.sheds(0.02, 10.0)
+    codel.emptied()
+
+    assert shed_times(codel, 0.02, start=10.2, seconds=0.099) == []
+
+
 def test_after_a_long_peace_it_begins_gently_again(codel):
     shed_times(codel, 0.02, start=10, seconds=2)
     codel.sheds(0.001, 12.0)

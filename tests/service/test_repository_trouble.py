@@ -150,6 +150,20 @@ async def test_a_repository_that_is_suddenly_empty_counts_as_out_of_reach(root):
     assert len([line for line in lines if line["event"].startswith("repository is empty")]) == 1
 
 
+async def test_what_failed_before_its_volume_went_away_counts_until_it_is_back(root):
+    mounted = root.with_name(f"{root.name}-mounted")
+    async with opened(root) as repository:
+        await repository.load_all()
+        damage(toys.write_version(root, "grey", 11))
+        await repository.poll()
+        root.rename(mounted)
+        root.mkdir()
+        await repository.poll()
+
+        assert [number for _, number, _ in failures(repository)] == [11]
+        assert repository.registry.get_sample_value("convoy_model_versions_lacking", {"model": "grey"}) == 1
+
+
 async def test_versions_that_should_serve_and_do_not_show_in_the_metrics(root):
     def lacking():
         return repository.registry.get_sample_value("convoy_model_versions_lacking", {"model": "grey"})

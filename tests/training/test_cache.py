@@ -1,18 +1,21 @@
+import ast
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import service
 from service.artifact import InputSpec, Resize
 from service.errors import DataError
 from training import cache
 from training.cache import choose, read_mapped
 from training.data import list_images
-from training.read import decoder_version, read_images
+from training.read import DECODERS, decoder_version, read_images
 
 SPEC = InputSpec(height=16, width=16, channels=1)
 
@@ -55,9 +58,23 @@ def test_what_another_decoder_made_is_another_cache(digit_folder, tmp_path, monk
     assert len(list(tmp_path.glob("[!.]*"))) == 2
 
 
+def imported_by(module):
+    """Modules of the service that one of them needs, itself among them."""
+    found, new = set(), {module}
+    while new:
+        found |= new
+        trees = [ast.parse((Path(service.__file__).parent / f"{name}.py").read_text()) for name in new]
+        imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        direct = {alias.name for node in imports if node.module == "service" for alias in node.names}
+        new = direct | {node.module.partition(".")[2] for node in imports if node.module.startswith("service.")}
+        new -= found
+    return found
+
+
 def test_the_version_of_the_decoder_names_what_makes_pixels():
     code, *libraries = decoder_version().split()
     assert len(code) == 64
+    assert set(DECODERS) == imported_by("preprocess") - {"artifact", "errors", "threads"}
     assert [each.partition("=")[0] for each in libraries] == ["simplejpeg", "pillow", "cykooz-resizer"]
     assert all(each.partition("=")[2] for each in libraries)
 

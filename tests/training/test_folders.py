@@ -1,3 +1,4 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -5,7 +6,17 @@ import pytest
 
 from service.errors import ConfigurationError, TrainingError
 from training.config import Experiment, load_experiment
-from training.folders import begun_run, check_apart, check_writable, latest_run, name_for, new_run, settings_of, writing
+from training.folders import (
+    begun_run,
+    check_apart,
+    check_writable,
+    latest_run,
+    name_for,
+    new_run,
+    newest_run,
+    settings_of,
+    writing,
+)
 
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path):
@@ -64,6 +75,10 @@ def test_the_newest_run_with_a_checkpoint_has_begun(tmp_path):
     for folder in folders[8:10]:
         (folder / "last.pt").write_bytes(b"")
     assert begun_run(parent, "last.pt") == folders[9]
+    assert newest_run(parent) == folders[-1]
+    os.utime(folders[9] / "experiment.yaml", (1000, 1000))
+    assert begun_run(parent, "last.pt", since=1000) == folders[9]
+    assert begun_run(parent, "last.pt", since=2000) is None  # an older one is not meant either
 
 
 def test_a_file_in_the_way_is_said_so(tmp_path):

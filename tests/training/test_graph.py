@@ -110,7 +110,7 @@ def test_folding_scales_each_input_channel_of_a_convolution(groups):
     x = rng.normal(size=(2, 3, 5, 5)).astype(np.float32)
     before = evaluate(model, x)
 
-    assert fold_scale(model)
+    assert fold_scale(model, "factor")
 
     assert operations(model) == ["Conv"]
     assert [t.name for t in model.graph.initializer] == ["weights"]
@@ -144,7 +144,7 @@ def test_folding_leaves_alone_what_it_would_change(change):
     model = scaled_convolution(np.ones((2, 3, 3, 3), np.float32), 1)
     change(model)
 
-    assert not fold_scale(model)
+    assert not fold_scale(model, "factor")
     assert operations(model)[:2] == ["Mul", "Conv"]
 
 

@@ -211,6 +211,12 @@ def test_a_scan_with_other_shares_seed_or_contents_is_another_one(shards, tmp_pa
     assert not np.array_equal(again.shards.calibration, first.shards.calibration)
 
 
+def test_labels_may_end_as_strings_of_c_do(tmp_path):
+    samples = [(key, image, "cat\0" if label else "dog") for key, image, label in numbered(40, classes=2)]
+    write_shard(tmp_path / "shards" / "000.tar", samples)
+    assert scanned(tmp_path / "shards", tmp_path, validation=0.3).held_out.classes == ("cat", "dog")
+
+
 def test_labels_of_samples_that_are_set_aside_are_no_classes(tmp_path):
     samples = [(f"{i:04d}", png(i), "ab"[i % 2]) for i in range(30)] + [("broken", b"nothing", "c")]
     write_shard(tmp_path / "shards" / "000.tar", samples)

@@ -65,6 +65,20 @@ def test_finds_shards_in_folders_and_lists(shards, tmp_path):
         find_shards(listed)
 
 
+def test_what_a_mac_puts_beside_each_shard_is_no_shard(shards):
+    (shards / "._train-000.tar").write_bytes(b"Mac OS X")
+    assert len(find_shards(shards)) == 3
+    for shard in shards.glob("train*"):
+        shard.unlink()
+    assert not is_sharded(shards)
+
+
+def test_a_list_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "list.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"list\.txt cannot be read: "):
+        find_shards(tmp_path / "list.txt")
+
+
 @pytest.mark.parametrize(
     ("name", "part"), [("train-1.tar", TRAIN), ("val_1.tar", VALIDATION), ("test.tar", TEST), ("x/00001.tar", TRAIN)]
 )

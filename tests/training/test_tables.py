@@ -19,6 +19,20 @@ def test_reads_csv_with_splits_and_other_columns(tmp_path):
     assert listing.file(0) == tmp_path / "x/1.png"
 
 
+def test_labels_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    rows = [f"{label}.png,{label}" for label in (10, 2, 0, 11, 1)]
+    (tmp_path / "images.csv").write_text("\n".join(["path,label", *rows]))
+    listing = list_images(tmp_path / "images.csv")
+    assert listing.classes == ("0", "1", "2", "10", "11")
+    assert listing.labels.tolist() == [3, 2, 0, 4, 1]
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "images.csv").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"images\.csv cannot be read: "):
+        list_images(tmp_path / "images.csv")
+
+
 def test_columns_may_be_written_in_capitals(tmp_path):
     (tmp_path / "images.csv").write_text("Path, Label ,SPLIT\n1.png,a,Test\n2.png,b,train\n")
     listing = list_images(tmp_path / "images.csv")

@@ -152,6 +152,29 @@ def test_a_bias_that_the_graph_reshapes_is_not_taken_for_a_batch(tmp_path, reque
     np.testing.assert_allclose(ask(version, pixels).logits, wanted, atol=1e-4)
 
 
+def test_a_gray_image_that_the_graph_itself_makes_rgb_of_stays_gray_until_then(tmp_path, request_for, repository):
+    """Its own multiplication has the form of the one that is folded into the first convolution."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(4, 3, 3, 3)).astype(np.float32)
+    factor = np.array([1.0, 2.0, 3.0], np.float32).reshape(1, 3, 1, 1)
+    matrix = rng.normal(size=(4, 5)).astype(np.float32)
+    body = [
+        helper.make_node("Mul", ["x", "factor"], ["rgb"]),
+        helper.make_node("Conv", ["rgb", "weights"], ["features"]),
+        helper.make_node("ReduceMean", ["features"], ["pooled"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "matrix"], ["y"]),
+    ]
+    constants = [("factor", factor), ("weights", weights), ("matrix", matrix)]
+    hand_made(tmp_path / "net.onnx", shape=["n", 1, 8, 8], body=body, output={"y": ["n", 5]}, initializers=constants)
+
+    pixels = random_pixels(2, 8, 8, 1)
+    found = ask(import_version(request_for(preset="zero-one"), repository), pixels)
+
+    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2) / 255 * factor).float()
+    expected = torch.nn.functional.conv2d(x, torch.from_numpy(weights)).mean((2, 3)).numpy() @ matrix
+    np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_that_branches_read_stay_what_they_are(tmp_path, request_for, repository):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(5, 3, 1, 1)).astype(np.float32)
