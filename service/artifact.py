@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from service import threads
+from service import threads, validation
 from service.errors import ArtifactError, OutOfReachError
 
 SCHEMA_VERSION = 1
@@ -325,7 +325,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {validation.message(e)}" for e in error.errors()
+        )
         raise ArtifactError(f"{file} breaks the schema: {faults}") from error
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -25,7 +26,7 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
-from service import providers, strict_yaml
+from service import providers, strict_yaml, validation
 from service.candidates import Wishes
 from service.errors import ConfigurationError, InvalidRequestError
 from service.routing import Routing
@@ -344,12 +345,7 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
     try:
         return _WithFile(**dict(flags or {}))
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']} (got {e['input']!r})"
-            if e["loc"]
-            else e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        )
+        faults = "; ".join(_fault(each) for each in error.errors())
         raise ConfigurationError(f"wrong settings: {faults}") from error
     except SettingsError as error:  # a table or a list in an environment variable that is no JSON
         variable = re.search(r'for field "(\w+)" from source "EnvSettingsSource"', str(error))
@@ -357,3 +353,8 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
         raise ConfigurationError(f"{where} cannot be read; tables are written as JSON there: {error}") from error
     except (YAMLError, TypeError, ValueError) as error:
         raise ConfigurationError(f"the settings file {config} cannot be read: {error}") from error
+
+
+def _fault(error: ErrorDetails) -> str:
+    where, said, given = ".".join(map(str, error["loc"])), validation.message(error), validation.value(error)
+    return f"{where}: {said}{given and f' (got {given})'}" if where else said

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service import strict_yaml
+from service import strict_yaml, validation
 from service.artifact import NAME_PATTERN
 from service.errors import ConfigurationError
 
@@ -325,4 +325,5 @@ def _fault(error: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(key, setting_names(), 1)
         meant = f"; did you mean {near[0]}?" if near else ";"
         return f"{key} is not a setting{meant} `convoy train --print-settings` lists them"
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    said, given = validation.message(error), validation.value(error)
+    return f"{key}{given and f' = {given}'}: {said[0].lower()}{said[1:]}"

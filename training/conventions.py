@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from service import validation
 from service.artifact import InputSpec, Resize, Weights
 from service.errors import ConfigurationError
 
@@ -151,8 +152,9 @@ def input_spec(request: Request, height: int, width: int, channels: Literal[1, 3
         resize = Resize(mode=mode, shorter_side=side, interpolation=request.interpolation)
         return InputSpec(height=height, width=width, channels=channels, resize=resize)
     except ValidationError as error:
+        (fault, *_) = error.errors()
         raise ConfigurationError(
-            f"an input of {height}x{width} with a shorter side of {side} cannot be: {error.errors()[0]['msg']}"
+            f"an input of {height}x{width} with a shorter side of {side} cannot be: {validation.message(fault)}"
         ) from None
 
 

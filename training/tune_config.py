@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
 
+from service import validation
 from service.errors import ConfigurationError
 from training.config import Count, Positive, Section, read_yaml
 
@@ -163,7 +164,7 @@ def _fault(error: Mapping[str, Any]) -> str:
     key = ".".join(("tune", *(str(part) for part in error["loc"] if part not in {"Range", "Choices"})))
     if error["type"] == "extra_forbidden":
         return f"{key} is not a setting of tuning"
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = validation.message(error)
     if error["type"] == "missing":
         return f"{key} is missing"
     return f"{key}: {message[0].lower()}{message[1:]}"

@@ -30,7 +30,7 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path):
         ("loop: {epochs: 0}", r"loop\.epochs = 0: input should be greater"),
         ("optimiser: {name: lion}", r"optimiser\.name = 'lion'"),
         ("name: a b", "may hold letters, digits"),
-        ("augment: {crop_padding: 4, crop_area: 0.5}", "two ways to crop"),
+        ("augment: {crop_padding: 4, crop_area: 0.5}", "augment: crop_padding and crop_area are two ways to crop"),
         ("just text", "no experiment file"),
         ("export: {variants: [int4]}", r"export\.variants\.0 = 'int4'"),
         ("export: {accuracy_budget_points: -1}", r"export\.accuracy_budget_points = -1"),
