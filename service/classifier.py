@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from service.admission import Admission
 from service.decode import Decoder, Encoded, Faults, decode_here, light
 from service.engine import Outputs
-from service.errors import ConvoyError, ExpiredError, ImageFault, InvalidImageError, InvalidRequestError
+from service.errors import (
+    ConvoyError,
+    ExpiredError,
+    ImageFault,
+    InvalidImageError,
+    InvalidRequestError,
+    TooManyImagesError,
+)
 from service.metrics import Metrics
 from service.preprocess import Limits
 from service.serving import ServedModel, join_outputs
@@ -173,9 +180,7 @@ class Classifier:
         if not images:
             raise InvalidRequestError("the request has no image; put at least one into `images`")
         if images > self._max_images:
-            raise InvalidRequestError(
-                f"the request has {images} images, at most {self._max_images} are allowed; split it"
-            )
+            raise TooManyImagesError(images, self._max_images)
 
     def _check(self, model: ServedModel, images: Sequence[bytes], query: Query) -> None:
         self.check_count(len(images))

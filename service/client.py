@@ -16,6 +16,7 @@ from typing import Self
 import grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
+from grpc_status import rpc_status
 
 from service.errors import ConfigurationError
 from service.exits import ServerRefusedError
@@ -192,5 +193,8 @@ def _translated() -> Iterator[None]:
 def refusal(error: grpc.RpcError) -> ServerRefusedError:
     """What a call's error means to the command line: the server answered, and refused."""
     # Every RpcError that a call raises is a Call, too; the type does not say so.
-    code, details = error.code(), error.details()
-    return ServerRefusedError(f"{code.name}: {details}")
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # a proxy has changed the text or the code, or what is there is of another protocol
+        status = None
+    return ServerRefusedError(error.code().name, error.details() or "", status.details if status else ())

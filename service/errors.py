@@ -2,6 +2,8 @@
 
 ConvoyError
 ├── InvalidRequestError         the caller asked for something that cannot be done
+│   ├── TooManyImagesError      more than one request may have
+│   └── UnusableImagesError     none of them can be used
 ├── InvalidImageError           one image cannot be used; `reason` says why
 ├── NotFoundError               no such model or version
 ├── UnavailableError            try again later; `retry_after_ms` says when
@@ -26,6 +28,7 @@ gRPC, HTTP or exit codes: `service.rpc.status` and `service.exits` map them.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 
 class ConvoyError(Exception):
@@ -34,6 +37,14 @@ class ConvoyError(Exception):
 
 class InvalidRequestError(ConvoyError):
     """The request itself is wrong; sending it again will not help."""
+
+
+class TooManyImagesError(InvalidRequestError):
+    """A request has more images than one may have (`most`)."""
+
+    def __init__(self, images: int, most: int) -> None:
+        super().__init__(f"the request has {images} images, at most {most} are allowed; split it")
+        self.most = most
 
 
 class ImageFault(enum.Enum):
@@ -58,6 +69,14 @@ class InvalidImageError(ConvoyError):
         super().__init__(message)
         self.reason = reason
         self.image_format = image_format
+
+
+class UnusableImagesError(InvalidRequestError):
+    """None of a request's images can be used; `faults` says of each why."""
+
+    def __init__(self, message: str, faults: Sequence[InvalidImageError]) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
 
 
 class NotFoundError(ConvoyError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 from service.errors import ArtifactError, ConfigurationError, ConvoyError, DataError, TrainingError
 
@@ -36,7 +37,19 @@ class ServerUnreachableError(ConvoyError):
 
 
 class ServerRefusedError(ConvoyError):
-    """The server answered with an error status."""
+    """The server answered with an error status.
+
+    Attributes:
+        code: name of the status.
+        text: its message.
+        details: what it says to programs: messages `google.protobuf.Any` of the richer error model.
+    """
+
+    def __init__(self, code: str, text: str, details: Sequence[Any] = ()) -> None:
+        super().__init__(f"{code}: {text}")
+        self.code = code
+        self.text = text
+        self.details = details
 
 
 class PartialError(ConvoyError):

@@ -244,7 +244,7 @@ async def _try(call: _Call, request: bytes) -> None:
         await call(request, timeout=_TRY_TIMEOUT_S)
     except aio.AioRpcError as error:
         if error.code() not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
-            raise ServerRefusedError(f"{error.code().name}: {error.details()}") from None
+            raise ServerRefusedError(error.code().name, error.details() or "") from None
 
 
 async def _send(call: _Call, request: bytes, intended_s: float, deadline_s: float) -> Sample:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,13 +19,10 @@ if TYPE_CHECKING:
     from convoy.v1 import image_classifier_pb2 as pb
 
     from service.client import Client, TlsFiles
+    from service.exits import ServerRefusedError
 
-# What a server says of a request of which no image can be used.
-_FAULT = re.compile(r"(?:^|; )image \d+ \((\w+)\): ")
 _REQUEST_BYTES = 8 << 20
 _REQUEST_IMAGES = 16
-# How a server says that fewer images would do: its own limit, and gRPC's on the size of a message.
-_TOO_MUCH = ("are allowed; split it", "larger than max")
 
 
 @click.command()
@@ -141,22 +137,30 @@ def _outcomes(client: Client, query: pb.ClassifyRequest, images: Sequence[bytes]
     try:
         return client.classify(request).results
     except ServerRefusedError as refused:
-        said = str(refused)
-        if (faults := _FAULT.split(said.removeprefix("INVALID_ARGUMENT: ")))[1:]:
-            reasons = dict(pb.ImageError.Reason.items())
-            return [
-                pb.ImageResult(
-                    error=pb.ImageError(reason=reasons.get(word, pb.ImageError.REASON_UNSPECIFIED), message=why)
-                )
-                for word, why in zip(faults[1::2], faults[2::2], strict=True)
-            ]
-        if not any(reason in said for reason in _TOO_MUCH):
+        errors, too_much = _told(refused)
+        if len(errors) == len(images):
+            return [pb.ImageResult(error=error) for error in errors]
+        if not errors and not too_much:
             raise
         if len(images) == 1:
-            fault = pb.ImageError(reason=pb.ImageError.TOO_LARGE, message=said.partition(": ")[2])
+            fault = pb.ImageError(reason=pb.ImageError.TOO_LARGE, message=refused.text)
             return [pb.ImageResult(error=fault)]
     middle = len(images) // 2
     return [*_outcomes(client, query, images[:middle]), *_outcomes(client, query, images[middle:])]
+
+
+def _told(refused: ServerRefusedError) -> tuple[Sequence[pb.ImageError], bool]:
+    """What a refusal says of the images, where it does; and whether fewer of them would do."""
+    from convoy.v1 import image_classifier_pb2 as pb
+    from google.rpc.error_details_pb2 import ErrorInfo
+
+    errors, info = pb.ImageErrors(), ErrorInfo()
+    for detail in refused.details:
+        detail.Unpack(errors)
+        detail.Unpack(info)
+    # gRPC's own limit on the size of a message has a status and no details.
+    too_much = info.reason == "TOO_MANY_IMAGES" or (refused.code == "RESOURCE_EXHAUSTED" and not refused.details)
+    return errors.errors, too_much
 
 
 def _as_json(name: str, outcome: pb.ImageResult) -> str:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from convoy.v1 import image_classifier_pb2 as pb
 
+from service.errors import ImageFault, InvalidImageError
 from service.repository import Repository
 from service.serving import ServedModel
+
+# Texts of so many faults and their details fit into the trailers, of which clients accept 8 KB.
+NAMED_FAULTS = 8
+
+_REASONS = {fault: pb.ImageError.Reason.Value(fault.name) for fault in ImageFault}
+
+
+def fault(error: InvalidImageError) -> pb.ImageError:
+    """Why an image cannot be used."""
+    return pb.ImageError(reason=_REASONS[error.reason], message=str(error))
 
 
 def summary(repository: Repository, model: ServedModel) -> pb.ModelSummary:

@@ -170,7 +170,7 @@ class _Watched:
         self._started.inc()
         request_id = _request_id(context)
         logs.request_context(request_id=request_id, method=self._name)
-        trailers: tuple[tuple[str, str], ...] = ((REQUEST_ID, request_id),)
+        trailers: tuple[tuple[str, str | bytes], ...] = ((REQUEST_ID, request_id),)
         context.set_trailing_metadata(trailers)
         code = grpc.StatusCode.OK
         try:
@@ -196,10 +196,11 @@ class _Watched:
                 self._failures.caused(error)
             if isinstance(error, UnavailableError):
                 self._shed.labels(error.reason).inc()
-            trailers += status.retry_pushback(error)
+            text = status.message_of(error, request_id)
+            trailers += status.retry_pushback(error) + status.details_of(error, text)
             # grpc keeps what abort raises in a circle until Python looks for circles; the images are not to be in it.
             message, error.__traceback__ = b"", None
-            await context.abort(code, status.message_of(error, request_id), trailers)
+            await context.abort(code, text, trailers)
         finally:
             self._record(code, time.monotonic() - began)
             if self._arrivals:

@@ -11,9 +11,9 @@ from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from grpc import aio
 
 from service.classifier import Answer, Classifier, Query, Result
-from service.errors import ConvoyError, EngineError, ImageFault, InvalidImageError, InvalidRequestError
+from service.errors import ConvoyError, EngineError, ImageFault, InvalidImageError, UnusableImagesError
 from service.repository import Repository
-from service.rpc.describe import details, summary
+from service.rpc.describe import NAMED_FAULTS, details, fault, summary
 from service.serving import ServedModel
 from service.turns import in_turns
 
@@ -21,15 +21,11 @@ Context = aio.ServicerContext[Any, Any]
 
 DEFAULT_TOP_K = 5
 
-# So many images are named when all of a request are unusable: the text of a status travels in the trailers.
-_NAMED_FAULTS = 16
-
 # So many logits are written in the time of a class with its label.
 _LOGITS = 16
 
 # Smaller goes first.
 _PRIORITIES = {pb.PRIORITY_HIGH: -1, pb.PRIORITY_NORMAL: 0, pb.PRIORITY_LOW: 1}
-_REASONS = {fault: pb.ImageError.Reason.Value(fault.name) for fault in ImageFault}
 
 
 class ImageClassifier(pb_grpc.ImageClassifierServicer):
@@ -99,12 +95,12 @@ def _raise_if_all_failed(result: Result) -> None:
     faults = [outcome for outcome in result.outcomes if isinstance(outcome, InvalidImageError)]
     if len(faults) < len(result.outcomes):
         return
-    if any(fault.reason is ImageFault.NON_FINITE_OUTPUT for fault in faults):
+    if any(each.reason is ImageFault.NON_FINITE_OUTPUT for each in faults):
         raise EngineError("the model's output is not finite for any image of the request")
-    some = enumerate(faults[:_NAMED_FAULTS])
-    named = "; ".join(f"image {position} ({fault.reason.name}): {fault}" for position, fault in some)
-    more = len(faults) - _NAMED_FAULTS
-    raise InvalidRequestError(named if more <= 0 else f"{named}; and {more} more of {len(faults)} images")
+    some = enumerate(faults[:NAMED_FAULTS])
+    named = "; ".join(f"image {position} ({each.reason.name}): {each}" for position, each in some)
+    more = len(faults) - NAMED_FAULTS
+    raise UnusableImagesError(named if more <= 0 else f"{named}; and {more} more of {len(faults)} images", faults)
 
 
 async def _response(model: ServedModel, result: Result, total_s: float) -> pb.ClassifyResponse:
@@ -142,8 +138,7 @@ def _places(result: Result) -> int:
 
 def _fill(message: pb.ImageResult, outcome: Answer | InvalidImageError, labels: tuple[str, ...]) -> None:
     if isinstance(outcome, InvalidImageError):
-        message.error.reason = _REASONS[outcome.reason]
-        message.error.message = str(outcome)
+        message.error.CopyFrom(fault(outcome))
         return
     classification = message.classification
     classification.SetInParent()  # also where no class reaches the minimal score

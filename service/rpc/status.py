@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import grpc
+from convoy.v1 import image_classifier_pb2 as pb
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from service.errors import (
     ArtifactError,
@@ -15,10 +19,14 @@ from service.errors import (
     InvalidRequestError,
     NotFoundError,
     OutOfMemoryError,
+    TooManyImagesError,
     UnavailableError,
+    UnusableImagesError,
 )
+from service.rpc.describe import NAMED_FAULTS, fault
 
 _MAX_TEXT = 4000
+_DETAILS = "grpc-status-details-bin"
 
 # The first row whose class matches decides; everything else is INTERNAL.
 _TABLE: tuple[tuple[type[ConvoyError], grpc.StatusCode], ...] = (
@@ -56,6 +64,19 @@ def shortened(text: str) -> str:
     """A text that fits into the trailers: clients refuse more than 8 KB of them, and then see another status."""
     limit = _MAX_TEXT if text.isascii() else _MAX_TEXT // 9  # percent-encoded, a character may take nine bytes
     return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
+def details_of(error: Exception, text: str) -> tuple[tuple[str, bytes], ...]:
+    """Why, for programs: trailing metadata of gRPC's richer error model. `text`: the status's own, as clients check."""
+    if isinstance(error, UnusableImagesError):
+        detail: Message = pb.ImageErrors(errors=map(fault, error.faults[:NAMED_FAULTS]))
+    elif isinstance(error, TooManyImagesError):
+        detail = ErrorInfo(reason="TOO_MANY_IMAGES", domain="convoy.v1", metadata={"max_images": str(error.most)})
+    else:
+        return ()
+    status = Status(code=code_of(error).value[0], message=text)
+    status.details.add().Pack(detail)
+    return ((_DETAILS, status.SerializeToString()),)
 
 
 def retry_pushback(error: Exception) -> tuple[tuple[str, str], ...]:

@@ -15,7 +15,7 @@ from service.exits import Exit
         (errors.DataError("x"), Exit.BAD_INPUT),
         (errors.TrainingError("x"), Exit.BAD_INPUT),
         (exits.ServerUnreachableError("x"), Exit.UNREACHABLE),
-        (exits.ServerRefusedError("x"), Exit.REFUSED),
+        (exits.ServerRefusedError("INTERNAL", "x"), Exit.REFUSED),
         (exits.PartialError("x"), Exit.PARTIAL),
         (exits.InterruptedByUserError("x"), Exit.INTERRUPTED),
         (errors.ConvoyError("x"), Exit.UNEXPECTED),

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n convoy/v1/image_classifier.proto\x12\tconvoy.v1\"\xb2\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06images\x18\x03 \x03(\x0c\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\tmin_score\x18\x05 \x01(\x02\x12\x15\n\rreturn_logits\x18\x06 \x01(\x08\x12%\n\x08priority\x18\x07 \x01(\x0e\x32\x13.convoy.v1.PriorityB\n\n\x08_version\"~\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\'\n\x07results\x18\x03 \x03(\x0b\x32\x16.convoy.v1.ImageResult\x12!\n\x06timing\x18\x04 \x01(\x0b\x32\x11.convoy.v1.Timing\"u\n\x0bImageResult\x12\x33\n\x0e\x63lassification\x18\x01 \x01(\x0b\x32\x19.convoy.v1.ClassificationH\x00\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.convoy.v1.ImageErrorH\x00\x42\t\n\x07outcome\"C\n\x0e\x43lassification\x12!\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x10.convoy.v1.Class\x12\x0e\n\x06logits\x18\x02 \x03(\x02\"4\n\x05\x43lass\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"\xc3\x01\n\nImageError\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.convoy.v1.ImageError.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\"v\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\t\n\x05\x45MPTY\x10\x01\x12\x16\n\x12UNSUPPORTED_FORMAT\x10\x02\x12\x0b\n\x07\x43ORRUPT\x10\x03\x12\r\n\tTOO_LARGE\x10\x04\x12\x15\n\x11NON_FINITE_OUTPUT\x10\x05\"U\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x03\x12\x11\n\tdecode_us\x18\x02 \x01(\x03\x12\x14\n\x0cinference_us\x18\x03 \x01(\x03\x12\x10\n\x08total_us\x18\x04 \x01(\x03\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.convoy.v1.ModelSummary\"\x9f\x01\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x1f\n\x05state\x18\x03 \x01(\x0e\x32\x10.convoy.v1.State\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x13\n\x0bnum_classes\x18\x05 \x01(\r\x12\x10\n\x08provider\x18\x06 \x01(\t\x12\x12\n\nis_default\x18\x07 \x01(\x08\"B\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"\xbf\x02\n\x10GetModelResponse\x12(\n\x07summary\x18\x01 \x01(\x0b\x32\x17.convoy.v1.ModelSummary\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12#\n\x05input\x18\x03 \x01(\x0b\x32\x14.convoy.v1.InputSpec\x12\x39\n\x07metrics\x18\x04 \x03(\x0b\x32(.convoy.v1.GetModelResponse.MetricsEntry\x12$\n\x08variants\x18\x05 \x03(\x0b\x32\x12.convoy.v1.Variant\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\x12\x16\n\x0emax_batch_size\x18\x08 \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"L\n\tInputSpec\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0e\n\x06resize\x18\x04 \x01(\t\"\x94\x01\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11images_per_second\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\x12\x11\n\tprecision\x18\x05 \x01(\tB\x0b\n\t_accuracyB\x14\n\x12_images_per_second*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*)\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x32\xe6\x01\n\x0fImageClassifier\x12\x43\n\x08\x43lassify\x12\x1a.convoy.v1.ClassifyRequest\x1a\x1b.convoy.v1.ClassifyResponse\x12I\n\nListModels\x12\x1c.convoy.v1.ListModelsRequest\x1a\x1d.convoy.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.convoy.v1.GetModelRequest\x1a\x1b.convoy.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n convoy/v1/image_classifier.proto\x12\tconvoy.v1\"\xb2\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06images\x18\x03 \x03(\x0c\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\tmin_score\x18\x05 \x01(\x02\x12\x15\n\rreturn_logits\x18\x06 \x01(\x08\x12%\n\x08priority\x18\x07 \x01(\x0e\x32\x13.convoy.v1.PriorityB\n\n\x08_version\"~\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\'\n\x07results\x18\x03 \x03(\x0b\x32\x16.convoy.v1.ImageResult\x12!\n\x06timing\x18\x04 \x01(\x0b\x32\x11.convoy.v1.Timing\"u\n\x0bImageResult\x12\x33\n\x0e\x63lassification\x18\x01 \x01(\x0b\x32\x19.convoy.v1.ClassificationH\x00\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.convoy.v1.ImageErrorH\x00\x42\t\n\x07outcome\"C\n\x0e\x43lassification\x12!\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x10.convoy.v1.Class\x12\x0e\n\x06logits\x18\x02 \x03(\x02\"4\n\x05\x43lass\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"\xc3\x01\n\nImageError\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.convoy.v1.ImageError.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\"v\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\t\n\x05\x45MPTY\x10\x01\x12\x16\n\x12UNSUPPORTED_FORMAT\x10\x02\x12\x0b\n\x07\x43ORRUPT\x10\x03\x12\r\n\tTOO_LARGE\x10\x04\x12\x15\n\x11NON_FINITE_OUTPUT\x10\x05\"4\n\x0bImageErrors\x12%\n\x06\x65rrors\x18\x01 \x03(\x0b\x32\x15.convoy.v1.ImageError\"U\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x03\x12\x11\n\tdecode_us\x18\x02 \x01(\x03\x12\x14\n\x0cinference_us\x18\x03 \x01(\x03\x12\x10\n\x08total_us\x18\x04 \x01(\x03\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.convoy.v1.ModelSummary\"\x9f\x01\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x1f\n\x05state\x18\x03 \x01(\x0e\x32\x10.convoy.v1.State\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x13\n\x0bnum_classes\x18\x05 \x01(\r\x12\x10\n\x08provider\x18\x06 \x01(\t\x12\x12\n\nis_default\x18\x07 \x01(\x08\"B\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"\xbf\x02\n\x10GetModelResponse\x12(\n\x07summary\x18\x01 \x01(\x0b\x32\x17.convoy.v1.ModelSummary\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12#\n\x05input\x18\x03 \x01(\x0b\x32\x14.convoy.v1.InputSpec\x12\x39\n\x07metrics\x18\x04 \x03(\x0b\x32(.convoy.v1.GetModelResponse.MetricsEntry\x12$\n\x08variants\x18\x05 \x03(\x0b\x32\x12.convoy.v1.Variant\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\x12\x16\n\x0emax_batch_size\x18\x08 \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"L\n\tInputSpec\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0e\n\x06resize\x18\x04 \x01(\t\"\x94\x01\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11images_per_second\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\x12\x11\n\tprecision\x18\x05 \x01(\tB\x0b\n\t_accuracyB\x14\n\x12_images_per_second*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*)\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x32\xe6\x01\n\x0fImageClassifier\x12\x43\n\x08\x43lassify\x12\x1a.convoy.v1.ClassifyRequest\x1a\x1b.convoy.v1.ClassifyResponse\x12I\n\nListModels\x12\x1c.convoy.v1.ListModelsRequest\x1a\x1d.convoy.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.convoy.v1.GetModelRequest\x1a\x1b.convoy.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETMODELRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_GETMODELRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_PRIORITY']._serialized_start=1748
-  _globals['_PRIORITY']._serialized_end=1842
-  _globals['_STATE']._serialized_start=1844
-  _globals['_STATE']._serialized_end=1885
+  _globals['_PRIORITY']._serialized_start=1802
+  _globals['_PRIORITY']._serialized_end=1896
+  _globals['_STATE']._serialized_start=1898
+  _globals['_STATE']._serialized_end=1939
   _globals['_CLASSIFYREQUEST']._serialized_start=48
   _globals['_CLASSIFYREQUEST']._serialized_end=226
   _globals['_CLASSIFYRESPONSE']._serialized_start=228
@@ -51,24 +51,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMAGEERROR']._serialized_end=794
   _globals['_IMAGEERROR_REASON']._serialized_start=676
   _globals['_IMAGEERROR_REASON']._serialized_end=794
-  _globals['_TIMING']._serialized_start=796
-  _globals['_TIMING']._serialized_end=881
-  _globals['_LISTMODELSREQUEST']._serialized_start=883
-  _globals['_LISTMODELSREQUEST']._serialized_end=902
-  _globals['_LISTMODELSRESPONSE']._serialized_start=904
-  _globals['_LISTMODELSRESPONSE']._serialized_end=965
-  _globals['_MODELSUMMARY']._serialized_start=968
-  _globals['_MODELSUMMARY']._serialized_end=1127
-  _globals['_GETMODELREQUEST']._serialized_start=1129
-  _globals['_GETMODELREQUEST']._serialized_end=1195
-  _globals['_GETMODELRESPONSE']._serialized_start=1198
-  _globals['_GETMODELRESPONSE']._serialized_end=1517
-  _globals['_GETMODELRESPONSE_METRICSENTRY']._serialized_start=1471
-  _globals['_GETMODELRESPONSE_METRICSENTRY']._serialized_end=1517
-  _globals['_INPUTSPEC']._serialized_start=1519
-  _globals['_INPUTSPEC']._serialized_end=1595
-  _globals['_VARIANT']._serialized_start=1598
-  _globals['_VARIANT']._serialized_end=1746
-  _globals['_IMAGECLASSIFIER']._serialized_start=1888
-  _globals['_IMAGECLASSIFIER']._serialized_end=2118
+  _globals['_IMAGEERRORS']._serialized_start=796
+  _globals['_IMAGEERRORS']._serialized_end=848
+  _globals['_TIMING']._serialized_start=850
+  _globals['_TIMING']._serialized_end=935
+  _globals['_LISTMODELSREQUEST']._serialized_start=937
+  _globals['_LISTMODELSREQUEST']._serialized_end=956
+  _globals['_LISTMODELSRESPONSE']._serialized_start=958
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1019
+  _globals['_MODELSUMMARY']._serialized_start=1022
+  _globals['_MODELSUMMARY']._serialized_end=1181
+  _globals['_GETMODELREQUEST']._serialized_start=1183
+  _globals['_GETMODELREQUEST']._serialized_end=1249
+  _globals['_GETMODELRESPONSE']._serialized_start=1252
+  _globals['_GETMODELRESPONSE']._serialized_end=1571
+  _globals['_GETMODELRESPONSE_METRICSENTRY']._serialized_start=1525
+  _globals['_GETMODELRESPONSE_METRICSENTRY']._serialized_end=1571
+  _globals['_INPUTSPEC']._serialized_start=1573
+  _globals['_INPUTSPEC']._serialized_end=1649
+  _globals['_VARIANT']._serialized_start=1652
+  _globals['_VARIANT']._serialized_end=1800
+  _globals['_IMAGECLASSIFIER']._serialized_start=1942
+  _globals['_IMAGECLASSIFIER']._serialized_end=2172
 # @@protoc_insertion_point(module_scope)

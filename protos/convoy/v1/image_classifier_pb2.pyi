@@ -290,6 +290,32 @@ class ImageError(_message.Message):
 Global___ImageError: _TypeAlias = ImageError  # noqa: Y015
 
 @_typing.final
+class ImageErrors(_message.Message):
+    """Beside the text of INVALID_ARGUMENT, for programs: in the details of the `google.rpc.Status` that the trailer
+    `grpc-status-details-bin` holds, where gRPC's libraries look for it (richer error model).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERRORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageError]:
+        """Why none of the images can be used: one for each, in their order; of more than eight, the first eight."""
+
+    def __init__(
+        self,
+        *,
+        errors: _abc.Iterable[Global___ImageError] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageErrors: _TypeAlias = ImageErrors  # noqa: Y015
+
+@_typing.final
 class Timing(_message.Message):
     """Microseconds on a monotonic clock of the server. For several images: the time of the slowest one in each stage."""
 

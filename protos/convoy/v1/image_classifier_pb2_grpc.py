@@ -30,7 +30,9 @@ class ImageClassifierStub:
 
     Status codes of every method:
     INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
-    is unusable; the message names each image by its position and says why.
+    is unusable; the message names each image by its position and says why, and the details hold
+    an ImageErrors. A request with too many images has a google.rpc.ErrorInfo there, with the
+    reason TOO_MANY_IMAGES and the server's `max_images`.
     NOT_FOUND           no such model, or no such version of it.
     RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise), or the answer
     is larger than the client does (4 MiB in most libraries unless set), or there is too much metadata.
@@ -74,7 +76,9 @@ class ImageClassifierServicer:
 
     Status codes of every method:
     INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
-    is unusable; the message names each image by its position and says why.
+    is unusable; the message names each image by its position and says why, and the details hold
+    an ImageErrors. A request with too many images has a google.rpc.ErrorInfo there, with the
+    reason TOO_MANY_IMAGES and the server's `max_images`.
     NOT_FOUND           no such model, or no such version of it.
     RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise), or the answer
     is larger than the client does (4 MiB in most libraries unless set), or there is too much metadata.
@@ -143,7 +147,9 @@ class ImageClassifier:
 
     Status codes of every method:
     INVALID_ARGUMENT    the request is wrong (no image, too many images, a min_score outside 0 to 1 ...) or *every* image in it
-    is unusable; the message names each image by its position and says why.
+    is unusable; the message names each image by its position and says why, and the details hold
+    an ImageErrors. A request with too many images has a google.rpc.ErrorInfo there, with the
+    reason TOO_MANY_IMAGES and the server's `max_images`.
     NOT_FOUND           no such model, or no such version of it.
     RESOURCE_EXHAUSTED  the message is larger than the server accepts (32 MiB unless configured otherwise), or the answer
     is larger than the client does (4 MiB in most libraries unless set), or there is too much metadata.

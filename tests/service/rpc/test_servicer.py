@@ -12,7 +12,9 @@ import pytest
 import toys
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
+from google.rpc.error_details_pb2 import ErrorInfo
 from grpc import aio
+from grpc_status import rpc_status
 from PIL import Image
 
 from service.batcher import Job
@@ -105,13 +107,44 @@ async def test_when_every_image_is_bad_the_call_says_which_and_why(stand):
     assert "image 2 (TOO_LARGE): The image of 5000x5000" in error.details()
 
 
-async def test_two_hundred_bad_images_are_still_an_invalid_argument(stand):
+def detail_of(error, kind):
+    """What a client reads of a call that failed, with gRPC's own helper."""
+    (packed,) = rpc_status.from_call(error).details
+    detail = kind()
+    assert packed.Unpack(detail)
+    return detail
+
+
+async def test_when_every_image_is_bad_programs_are_told_why(stand):
+    error = await refused(stand.stub.Classify(pb.ClassifyRequest(images=[BROKEN, b"", BOMB])))
+
+    reasons = [pb.ImageError.CORRUPT, pb.ImageError.EMPTY, pb.ImageError.TOO_LARGE]
+    told = detail_of(error, pb.ImageErrors).errors
+    assert [each.reason for each in told] == reasons
+    assert told[1].message == "The image is empty: it has no bytes."
+
+
+async def test_programs_are_told_how_many_images_there_may_be(stand):
+    error = await refused(stand.stub.Classify(request(*[0] * 257)))
+
+    told = detail_of(error, ErrorInfo)
+    assert (told.reason, told.domain, told.metadata) == ("TOO_MANY_IMAGES", "convoy.v1", {"max_images": "256"})
+
+
+async def test_other_refusals_have_no_details(stand):
+    assert rpc_status.from_call(await refused(stand.stub.Classify(request(0, model="nope")))) is None
+
+
+@pytest.mark.parametrize("bad", [BROKEN, BOMB])
+async def test_two_hundred_bad_images_are_still_an_invalid_argument(stand, bad):
     """Trailers are limited to 8 KB: a longer text would reach the client as something else."""
-    error = await refused(stand.stub.Classify(pb.ClassifyRequest(images=[BROKEN] * 256)))
+    error = await refused(stand.stub.Classify(pb.ClassifyRequest(images=[bad] * 256)))
 
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "image 0 (" in error.details()
     assert "256" in error.details()
+    assert len(detail_of(error, pb.ImageErrors).errors) == 8
+    assert sum(len(key) + len(value) + 32 for key, value in error.trailing_metadata()) < 6000
 
 
 @pytest.mark.parametrize(
@@ -422,7 +455,9 @@ async def test_one_connection_carries_many_calls_at_once(stand):
 CROWD = """
 import asyncio, sys
 import toys
+from google.rpc.error_details_pb2 import ErrorInfo
 from grpc import aio
+from grpc_status import rpc_status
 from convoy.v1 import image_classifier_pb2 as pb, image_classifier_pb2_grpc as pb_grpc
 
 async def main(target, calls, size):
