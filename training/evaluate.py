@@ -39,7 +39,7 @@ class Evaluation:
 
     def per_class(self) -> metrics.ClassScores:
         """Precision, recall and F1 of each class."""
-        return metrics.class_scores(metrics.confusion_matrix(self.predicted, self.labels, self.logits.shape[1]))
+        return metrics.class_scores(self.predicted, self.labels, self.logits.shape[1])
 
 
 def evaluate(

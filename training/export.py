@@ -138,5 +138,5 @@ def _float_variant(baseline: Baseline, parity: Parity) -> Variant:
         file=MODEL,
         accuracy=baseline.accuracy,
         images_per_second=speed.images_per_second(baseline.session, baseline.holdout),
-        note=f"{speed.CONDITIONS} on {CPU}; {parity.describe(gates.Original())}",
+        note=f"{speed.CONDITIONS} on {CPU}; {parity.describe(gates.PYTORCH)}",
     )

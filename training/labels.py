@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from service.errors import DataError
@@ -25,7 +26,8 @@ def read_labels(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path} has an empty line at {lines.index('') + 1}; every line is the name of a class")
     if len(lines) < 2:  # noqa: PLR2004  a classifier tells at least two things apart
         raise DataError(f"{path} has {len(lines)} lines; a classifier needs two classes, one per line")
-    names = tuple(f"{name} ({i})" if lines.count(name) > 1 else name for i, name in enumerate(lines))
+    count = Counter(lines)
+    names = tuple(f"{name} ({i})" if count[name] > 1 else name for i, name in enumerate(lines))
     if len(set(names)) < len(names):
         raise DataError(f"{path} has names that occur again, and already has what would tell them apart; rename them")
     return names

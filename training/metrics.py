@@ -55,21 +55,37 @@ def top_k_accuracy(scores: NDArray[np.floating], labels: NDArray[np.int64], k: i
     return float(np.mean(at_least_as_high <= k))
 
 
-def confusion_matrix(predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """Counts as int64[K, K]: rows are the true class, columns the predicted one."""
-    pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
-    return pairs.reshape(classes, classes).astype(np.int64)
+def confusion_matrix(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int, most: int | None = None
+) -> NDArray[np.int64]:
+    """Counts as int64[K, K]: rows are the true class, columns the predicted one.
+
+    Of more classes than `most`, as many neighbours count as one as make no more than that: K classes have K * K pairs.
+    """
+    together = 1 if most is None else -(-classes // most)
+    size = -(-classes // together)
+    pairs = np.bincount(labels // together * size + predicted // together, minlength=size * size)
+    return pairs.reshape(size, size).astype(np.int64)
 
 
-def class_scores(confusion: NDArray[np.int64]) -> ClassScores:
-    """Precision, recall and F1 of each class from a confusion matrix int64[K, K] (rows true, columns predicted)."""
-    hits = np.diag(confusion).astype(np.float64)
-    support = confusion.sum(axis=1)
-    predicted = confusion.sum(axis=0)
+def confused_pairs(predicted: NDArray[np.int64], labels: NDArray[np.int64], most: int) -> list[tuple[int, int, int]]:
+    """True class, predicted class and count of the most frequent mistakes, the most frequent first."""
+    wrong = predicted != labels
+    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]], axis=1), axis=0, return_counts=True)
+    first = np.argsort(-counts, kind="stable")[:most]
+    rows = np.column_stack([pairs[first], counts[first]]).tolist()
+    return [(true, other, count) for true, other, count in rows]
+
+
+def class_scores(predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> ClassScores:
+    """Precision, recall and F1 of each of so many classes."""
+    hits = np.bincount(labels[predicted == labels], minlength=classes).astype(np.float64)
+    support = np.bincount(labels, minlength=classes)
+    answers = np.bincount(predicted, minlength=classes)
     return ClassScores(
-        precision=_ratio(hits, predicted),
+        precision=_ratio(hits, answers),
         recall=_ratio(hits, support),
-        f1=_ratio(2 * hits, support + predicted),
+        f1=_ratio(2 * hits, support + answers),
         support=support,
     )
 

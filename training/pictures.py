@@ -20,6 +20,7 @@ _MAX_MAPS = 16
 _COLUMNS = 8
 _MAP_PX = 56
 _GAP_PX = 1
+MOST_CELLS = 1000  # of the confusion matrix to a side: more do not fit a page
 # Anchors of the viridis colour map (Smith and van der Walt, 2015): even steps in brightness, safe for the colour-blind.
 _VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float64)
 _RIGHT_COLOUR, _WRONG_COLOUR = (38, 110, 214), (214, 62, 44)
@@ -88,7 +89,7 @@ def feature_maps(model: nn.Module, x: Tensor) -> list[LayerMaps]:
 
 
 def confusion_picture(confusion: NDArray[np.int64]) -> str:
-    """A pixel per pair of classes, transparent where there is nothing, so that it fits light and dark pages.
+    """A pixel per cell of the matrix, transparent where there is nothing, so that it fits light and dark pages.
 
     Rows are true classes. The diagonal is blue, mistakes are red; opacity grows with the root of the share of the row,
     so that single mistakes among thousands of images can be seen.

@@ -98,13 +98,13 @@ def _judged(trained: Trained, outputs: Outputs) -> dict[str, Any]:
     """All that follows from the answers to the held-out images."""
     labels, classes = trained.holdout_labels, trained.classes
     predicted = outputs.logits.argmax(axis=1).astype(np.int64)
-    confusion = metrics.confusion_matrix(predicted, labels, len(classes))
-    scores = metrics.class_scores(confusion)
+    scores = metrics.class_scores(predicted, labels, len(classes))
     uncalibrated = outputs.logits * trained.temperature
     before = calibrate.reliability(calibrate.softmax(uncalibrated), labels)
     after = calibrate.reliability(outputs.probabilities, labels)
     accuracy = metrics.accuracy(predicted, labels)
     few = len(classes) <= _FEW_CLASSES
+    confusion = metrics.confusion_matrix(predicted, labels, len(classes), pictures.MOST_CELLS)
     return {
         "images": len(labels),
         "accuracy": accuracy,
@@ -115,7 +115,8 @@ def _judged(trained: Trained, outputs: Outputs) -> dict[str, Any]:
         "worst_classes": _weakest(scores, None if few else _WEAKEST),
         "confusion": confusion.tolist() if few else None,
         "confusion_picture": None if few else pictures.confusion_picture(confusion),
-        "pairs": _confused_pairs(confusion, classes),
+        "classes_together": -(-len(classes) // len(confusion)),
+        "pairs": _confused_pairs(predicted, labels, classes),
         "calibration": calibrate.calibration(uncalibrated, labels, trained.temperature),
         "reliability": [
             (f"Before (ECE {before.error:.3f})", charts.reliability_diagram(before, "before calibration")),
@@ -166,15 +167,10 @@ def _pictures(
     ]
 
 
-def _confused_pairs(confusion: NDArray[np.int64], classes: Sequence[str]) -> list[Pair]:
-    mistakes = confusion.copy()
-    np.fill_diagonal(mistakes, 0)
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:_PAIRS]
-    rows, columns = np.unravel_index(order, mistakes.shape)
+def _confused_pairs(predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: Sequence[str]) -> list[Pair]:
     return [
-        Pair(classes[t], classes[p], int(mistakes[t, p]), float(mistakes[t, p] / confusion[t].sum()))
-        for t, p in zip(rows.tolist(), columns.tolist(), strict=True)
-        if mistakes[t, p]
+        Pair(classes[true], classes[other], count, count / int((labels == true).sum()))
+        for true, other, count in metrics.confused_pairs(predicted, labels, _PAIRS)
     ]
 
 

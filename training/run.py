@@ -37,6 +37,7 @@ from training.optimise import peak_rate, proven_decay
 from training.phases import Phase
 from training.prepare import parts_given, prepare
 from training.prepared import Part, Prepared
+from training.rows import Rows
 from training.schedule import proven_warmup
 from training.step import Stepper
 from training.threads import limited_to, thread_count
@@ -210,11 +211,13 @@ def examine(
     """Evaluates on held-out images, calibrates on the validation part, and gathers what export needs."""
     model, normalise, dataset, split = trainer.evaluated.eval(), data.normalise.on(device()), data.dataset, data.split
     held_out: Part = "test" if len(split.test) else "validation"
+    tuning: Part = "validation" if len(split.validation) else "test"
     holdout = data.examples(held_out)
     some = experiment.loop.images_at_once
-    judge = data.examples("validation" if len(split.validation) else "test")
-    tuned = evaluate(model, judge, normalise, at_once=some, group=group)
     evaluation = evaluate(model, holdout, normalise, at_once=some, group=group)
+    tuned = evaluation
+    if tuning != held_out:
+        tuned = evaluate(model, data.examples(tuning), normalise, at_once=some, group=group)
     temperature = fit_temperature(tuned.logits, tuned.labels)
     judged = Judged(evaluation, calibration(evaluation.logits, evaluation.labels, temperature))
     files = data.files(held_out)
@@ -233,7 +236,7 @@ def examine(
         weights=weights,
         canary=[files[place] for place in _one_per_class(holdout, experiment.export.canary_images)],
         calibration=data.calibration(experiment.export.calibration_images),
-        holdout=holdout.images[holdout.indices],
+        holdout=Rows(holdout.images, holdout.indices),
         holdout_labels=holdout.part_labels,
         history=trainer.progress.history,
         holdout_paths=files,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
 from service.errors import ArtifactError, TrainingError
+from training.rows import Images
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -84,7 +85,7 @@ class Session:
             ) from error
         return Outputs(*found)
 
-    def run_all(self, pixels: NDArray[np.uint8]) -> Outputs:
+    def run_all(self, pixels: Images) -> Outputs:
         """Any number of images, a few at a time; see `run`."""
         batch = at_once(*pixels.shape[1:3])
         parts = [self.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]

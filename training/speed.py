@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.gates import sample
+from training.rows import Images
 from training.runtime import Session
 
 BATCH = 8
@@ -24,8 +25,8 @@ _MAX_ROUNDS = 200
 _BUDGET_S = 2.0
 
 
-def images_per_second(session: Session, pixels: NDArray[np.uint8]) -> float:
-    """Images per second of uint8[V, H, W, C] in batches of `BATCH`: the median of about a second."""
+def images_per_second(session: Session, pixels: Images) -> float:
+    """Images per second of uint8[V, H, W, C] in batches of `BATCH`: the median of about two seconds."""
     return BATCH / float(np.median(_rounds_s([session], pixels)))
 
 
@@ -42,14 +43,14 @@ class Comparison:
     images_per_second: float
 
 
-def compare(baseline: Session, candidate: Session, pixels: NDArray[np.uint8]) -> Comparison:
+def compare(baseline: Session, candidate: Session, pixels: Images) -> Comparison:
     """Runs both in turns on uint8[V, H, W, C] in batches of `BATCH`, for a few seconds."""
     took_s = _rounds_s([baseline, candidate], pixels)
     cautious, median = np.quantile(took_s[:, 0] / took_s[:, 1], [0.25, 0.5])
     return Comparison(float(median), float(cautious), BATCH / float(np.median(took_s[:, 1])))
 
 
-def _rounds_s(sessions: Sequence[Session], pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _rounds_s(sessions: Sequence[Session], pixels: Images) -> NDArray[np.float64]:
     """Seconds per batch, [rounds, sessions]; uint8[V, H, W, C] is repeated if it is shorter than a batch."""
     batch = sample(pixels, BATCH)
     for session in sessions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from service.artifact import NAME_PATTERN, InputSpec, Weights
 from service.errors import TrainingError
+from training.rows import Images
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Trained:
     weights: Weights
     canary: Sequence[Path]
     calibration: NDArray[np.uint8]
-    holdout: NDArray[np.uint8]
+    holdout: Images
     holdout_labels: NDArray[np.int64]
     history: Sequence[Mapping[str, float]]
     holdout_paths: Sequence[Path]
@@ -72,7 +74,7 @@ class Trained:
 
     def _rules(self) -> list[tuple[bool, str]]:
         images, labels, channels = self.holdout, self.holdout_labels, self.input.channels
-        doubles = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        doubles = sorted(name for name, count in Counter(self.classes).items() if count > 1)
         label_range = len(labels) == 0 or (labels.min() >= 0 and labels.max() < len(self.classes))
         return [
             (

@@ -22,13 +22,14 @@ from training import metrics, speed
 from training.config import ExportConfig, VariantName
 from training.gates import BATCHES, sample
 from training.quantize import Int8, Int8Form, cpu_form, needs_reduced_range, tensorrt_form, to_fp16
+from training.rows import Images
 from training.runtime import CPU, CUDA, TENSORRT, Outputs, Session, usable
 
 NAMES: tuple[VariantName, ...] = get_args(VariantName)
 # TensorRT's own file only on request: without a GPU its speed cannot be measured.
 DEFAULT: tuple[VariantName, ...] = ExportConfig().variants
 
-Compare = Callable[[Session, Session, NDArray[np.uint8]], speed.Comparison]
+Compare = Callable[[Session, Session, Images], speed.Comparison]
 
 # What is faster by less than this is within the noise, and not worth a second file.
 _MIN_SPEEDUP = 1.05
@@ -56,7 +57,7 @@ class Baseline:
     model: onnx.ModelProto
     session: Session
     outputs: Outputs
-    holdout: NDArray[np.uint8]
+    holdout: Images
     labels: NDArray[np.int64]
     canary: NDArray[np.uint8]
     calibration: NDArray[np.uint8]

@@ -48,7 +48,6 @@ def test_a_true_export_passes_with_the_figures(pixels):
     parity = gates.check_parity(session, gates.reference(net, MEAN, STD, pixels, 3), pixels)
 
     assert parity.probability_difference < 1e-5
-    assert parity.logit_difference < 1e-4
     assert parity.images == 64
 
 
