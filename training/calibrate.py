@@ -19,6 +19,7 @@ MAX_TEMPERATURE = 20.0
 _RELATIVE_TOLERANCE = 1e-7
 _AT_BOUND = 1e-3
 _MAX_STEPS = 100
+_SPREAD = 0.5  # of ln T among trained networks: two in three have a T between 0.6 and 1.6
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
     can give way by one pseudo-image spread over all classes; but that alone asks for T = 1.6 of a digit classifier
     without errors among 180 images, whose own confidence is nearer to the truth (`docs/benchmarks.md`). On the other
     side one more image counts as right: a few that happen to be wrong would ask for T = 20. Of what lies between the
-    two, which one image decides, the value next to 1 is taken.
+    two, which one image decides, the value next to 1 is taken. And both are pulled towards 1 by what is known of
+    trained networks beforehand, ln T = 0 +- 0.5: ten images of a network that has hardly learnt anything say nothing of
+    its confidence, and ask for anything. From a hundred on it hardly matters.
 
     Args:
         logits: float32[N, K], before any temperature.
@@ -118,8 +121,9 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
     if not centred.any():
         return 1.0
     share = 1 / (len(labels) + 1)  # of one more image, which is right for sure, or of no class
-    coldest = _temperature(centred, (1 - share) * _target_logit(centred, labels, doubt=0.0))
-    warmest = _temperature(centred, _target_logit(centred, labels, doubt=share))
+    pull = 1 / (_SPREAD**2 * len(labels))
+    coldest = _temperature(centred, (1 - share) * _target_logit(centred, labels, doubt=0.0), pull)
+    warmest = _temperature(centred, _target_logit(centred, labels, doubt=share), pull)
     found = min(max(1.0, coldest), warmest)
     # Certainty without end is asked for by a few images that happen to be right, such as those of one class alone.
     return found if found > MIN_TEMPERATURE * (1 + _AT_BOUND) else 1.0
@@ -164,15 +168,18 @@ def _check(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
         raise TrainingError(f"{rows} of {len(logits)} held-out images have logits that are not finite; lower the rate")
 
 
-def _temperature(centred: NDArray[np.float64], target: float) -> float:
-    """The T at which the mean logit is that of the targets, or the nearest one that is allowed.
+def _temperature(centred: NDArray[np.float64], target: float, pull: float) -> float:
+    """The T at which the mean logit is that of the targets, but for the pull towards 1, or the nearest that is allowed.
 
-    The loss is convex in 1/T, so Newton steps kept inside a shrinking bracket find its minimum.
+    The mean loss is convex in 1/T, and pull * (ln T)^2 / 2 is least at 1, so a minimum lies between the two. Newton
+    steps kept inside a shrinking bracket find it.
     """
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     inverse = 1.0
     for _ in range(_MAX_STEPS):
         slope, curvature = _derivatives(centred, target, inverse)
+        slope += pull * np.log(inverse) / inverse
+        curvature += pull * (1 - np.log(inverse)) / inverse**2
         low, high = (low, inverse) if slope > 0 else (inverse, high)
         newton = inverse - slope / curvature if curvature > 0 else low
         following = newton if low < newton < high else float(np.sqrt(low * high))

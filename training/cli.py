@@ -43,7 +43,8 @@ _CTRL_C = 130
 @click.option(
     "--resume-if-any",
     is_flag=True,
-    help="The same if there is one with a checkpoint, else start: for jobs that are run again as they are.",
+    help="The same if there is one with a checkpoint, else start; for jobs that are run again as they are. Of a run "
+    "that is published already, nothing is done until settings or images change.",
 )
 @click.option("--find-lr", is_flag=True, help="Do not train: raise the learning rate until it breaks, and plot.")
 @click.option("--print-settings", is_flag=True, help="Do not train: print every setting, as an experiment file.")
@@ -88,7 +89,7 @@ def train(
     require_extra()
     from training.config import check_transfer, find_experiment, load_experiment
     from training.display import console_of_process
-    from training.folders import as_yaml, name_for, newest_run, settings_of
+    from training.folders import as_yaml, has_changed, name_for, newest_run, published, settings_of
     from training.interrupt import InterruptedRunError
     from training.run import run, search_learning_rate
 
@@ -99,6 +100,11 @@ def train(
         click.echo(as_yaml(experiment), nl=False)
         return
     folder = _begun(runs / experiment.name, needed=resume, wanted=resume_if_any)
+    done = published(folder, repository) if folder and resume_if_any else None
+    if folder and done and not has_changed(folder, experiment, data):
+        click.echo(f"{folder} is published as {done}, with these settings and images; nothing is to be done")
+        return
+    folder = None if done else folder
     if folder:
         experiment = settings_of(folder, file, overrides)
     check_transfer(experiment, overrides)

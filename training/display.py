@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service import terminal
+from service.artifact import RejectedVariant, Variant
 from training.calibrate import Calibration
 from training.evaluate import TOP_K, Evaluation
 from training.journal import Journal
@@ -104,6 +105,13 @@ class Display:
         table.add_row("expected calibration error", f"{found.error_before:.4f}", f"{found.error_after:.4f}")
         table.add_row("negative log-likelihood", f"{found.likelihood_before:.4f}", f"{found.likelihood_after:.4f}")
         self.console.print(table)
+
+    def variants(self, kept: Sequence[Variant], rejected: Sequence[RejectedVariant]) -> None:
+        """What the version has besides the float model, and why not more: a server takes the fastest that is right."""
+        for variant in kept[1:]:
+            self.say(f"{variant.name}: kept, accuracy {variant.accuracy:.2%}; {variant.note}")
+        for refused in rejected:
+            self.say(f"{refused.name}: not kept: {refused.reason}")
 
     def caution(self, *remarks: str) -> None:
         """What to know before the figures are believed; empty ones are left out."""

@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from service.errors import ConfigurationError, TrainingError
-from service.locks import locked
+from service.locks import held, locked
 from training.config import Experiment, load_experiment, read_yaml
 
 SETTINGS = "experiment.yaml"
+_PUBLISHED = "published.txt"
 LAST = "last.pt"  # the checkpoint that a run is resumed from
 
 _LONGEST_NAME = 64
@@ -37,14 +38,14 @@ def name_for(source: Path) -> str:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Makes the folder if need be, and tries to write to it.
+    """Tries to write to the folder, or to where it would be made: nothing is left, if the images cannot be used.
 
     Raises:
         ConfigurationError: that does not work.
     """
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=folder).cleanup()
+        tempfile.TemporaryDirectory(dir=place).cleanup()
     except OSError as error:
         raise ConfigurationError(f"{what} {folder} cannot be written: {error.strerror}; choose another") from error
 
@@ -98,6 +99,8 @@ def new_run(parent: Path, experiment: Experiment) -> Path:
     """Makes `<parent>/<next number>/`, whoever else does so at the same time, and writes the settings into it."""
     check_writable(parent, "the folder of runs")
     settings = as_yaml(experiment)
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     number = max(_numbers(parent), default=0) + 1
     while True:
         folder = parent / str(number)
@@ -137,6 +140,42 @@ def begun_run(parent: Path, checkpoint: str, since: float = 0) -> Path | None:
         if (folder / checkpoint).is_file():
             return folder if (folder / SETTINGS).stat().st_mtime >= since - _CLOCKS_S else None
     return None
+
+
+def note_published(folder: Path, version: Path) -> None:
+    """Notes which version the run has become."""
+    with writing(folder):
+        (folder / _PUBLISHED).write_text(f"{version.resolve()}\n", encoding="utf-8")
+
+
+def published(folder: Path, repository: Path) -> Path | None:
+    """The version that the run has become, if it is still in that repository."""
+    try:
+        version = Path((folder / _PUBLISHED).read_text(encoding="utf-8").strip())
+    except OSError:
+        return None
+    return version if version.is_dir() and version.parent.parent == repository.resolve() else None
+
+
+def has_changed(folder: Path, experiment: Experiment, source: Path) -> bool:
+    """Whether the run was started with other settings, or images or their folders are newer than its version."""
+    since = (folder / _PUBLISHED).stat().st_mtime
+    if load_experiment(folder / SETTINGS, {}) != experiment:
+        return True
+    return any(place.lstat().st_mtime > since for place in (source, *source.rglob("*")))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While it lasts no other process may work on the run.
+
+    Raises:
+        ConfigurationError: one does.
+    """
+    with held(folder / ".lock") as mine:
+        if not mine:
+            raise ConfigurationError(f"another process is working on {folder}; wait for it, or stop it")
+        yield
 
 
 def newest_run(parent: Path) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from service.errors import TrainingError
+from service.errors import DataError, TrainingError
 from training import checkpoint
 from training.batches import Examples, Source
 from training.config import Experiment
@@ -134,7 +134,7 @@ class Trainer:
         """Takes over the run's last checkpoint.
 
         Raises:
-            DataError: there is none, or it cannot be read.
+            DataError: there is none, or it cannot be read; or the best weights are gone.
             TrainingError: it belongs to other data or another computation.
         """
         state = checkpoint.load(self._folder / LAST)
@@ -146,6 +146,11 @@ class Trainer:
                 "Resume with what it began with, or start a new run"
             )
         self.progress = Progress(**state["progress"])
+        if self.progress.best_epoch and not (self._folder / BEST).is_file():
+            raise DataError(
+                f"{self._folder / BEST} is gone, the weights of epoch {self.progress.best_epoch}, the best so far; "
+                "start a new run"
+            )
         self._enter_phase()
         # At the very start of a phase its optimiser is new, and the checkpoint holds the one before it.
         new_phase = self.progress.epoch == self._phase_start() and self.progress.batch == 0

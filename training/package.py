@@ -26,6 +26,7 @@ from training.runtime import Session
 _LIBRARIES = ("convoy", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "pillow")
 # Exporters that race for a number meet at most this often before something else must be wrong.
 _MAX_RACES = 100
+_LATEST = ".latest"  # beside the versions: the number of the last one
 
 
 @contextlib.contextmanager
@@ -54,8 +55,21 @@ def staged(repository: Path, name: str) -> Iterator[Path]:
 
 
 def next_version(model_dir: Path) -> int:
-    """The number after the latest version; 1 for a new model."""
-    return max(artifact.versions(model_dir), default=0) + 1
+    """The number after the latest version, also after one that was removed; 1 for a new model.
+
+    What clients have pinned, logs and metrics name by a number is to stay one and the same version.
+    """
+    try:
+        latest = int((model_dir / _LATEST).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        latest = 0
+    return max(latest, *artifact.versions(model_dir), 0) + 1
+
+
+def _remember(version: Path) -> None:
+    beside = version.with_name(f"{_LATEST}.{version.name}")
+    beside.write_text(version.name, encoding="ascii")
+    beside.replace(version.with_name(_LATEST))
 
 
 def publish_next(staging: Path, repository: Path, name: str, manifest_of: Callable[[int], Manifest]) -> Path:
@@ -76,10 +90,13 @@ def publish_next(staging: Path, repository: Path, name: str, manifest_of: Callab
     for _ in range(_MAX_RACES):
         manifest = manifest_of(next_version(repository / name))
         try:
-            return publication.publish(staging, repository, manifest)
+            version = publication.publish(staging, repository, manifest)
         except ArtifactError:
             if not (repository / name / str(manifest.version)).exists():
                 raise
+        else:
+            _remember(version)
+            return version
     raise ArtifactError(f"{repository / name}: no version number stays free long enough; who else is writing there?")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from service import artifact
 from service.artifact import Weights
 from service.errors import ConfigurationError
 from training import checkpoint
@@ -24,7 +25,7 @@ from training.distributed import Group, device, joined, processes
 from training.evaluate import TOP_K, Evaluation, evaluate
 from training.export import export_version
 from training.finder import plot, sweep
-from training.folders import LAST, check_apart, check_writable, new_run, writing
+from training.folders import LAST, alone, check_apart, check_writable, new_run, note_published, writing
 from training.gates import batches_up_to
 from training.idle import idle
 from training.interrupt import InterruptedRunError, held_back, stoppable
@@ -127,7 +128,8 @@ def run(
             display.show(stage_table(stepper.model, entry, report, phases))
         display.caution(*idle(experiment, stepper.model, data))
         threads = _threads(experiment, stepper, data)
-        with limited_to(threads), kept_memory(), repeatable(experiment.loop.deterministic):
+        mine = alone(folder) if group.main else nullcontext()
+        with mine, limited_to(threads), kept_memory(), repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
             if resume:
                 trainer.resume()
@@ -138,6 +140,10 @@ def run(
         display.calibration(judged.calibration)
         display.caution(reservations(trained.data["images"]), without_skill(judged.evaluation, data.dataset.classes))
         version = group.from_main(lambda: _export(experiment, trained, repository, display))
+        if group.main:
+            note_published(folder, version)
+        manifest = artifact.read_manifest(version)
+        display.variants(manifest.variants, manifest.rejected_variants)
         return Result(version, folder, judged.evaluation, data.dataset.classes, tuple(trained.holdout_paths))
 
 

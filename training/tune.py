@@ -96,6 +96,8 @@ def tune(job: Tuning, display: Display) -> Outcome:
     folder = job.runs / job.experiment.name / "tuning" / job.study
     check_writable(folder, "the folder of runs")
     check_writable(job.output.parent, "the folder of the result")
+    folder.mkdir(parents=True, exist_ok=True)
+    job.output.parent.mkdir(parents=True, exist_ok=True)
     shared = SharedStudy(
         url,
         job.study,

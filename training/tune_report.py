@@ -181,7 +181,11 @@ def _parallel(axes: Any, done: Sequence[FrozenTrial], keys: Sequence[str], best:
         places, ticks = _places(done, key)
         column = np.array(places, dtype=float)
         column = np.log(column) if _is_log(done, key) else column
-        ends = (ticks[0], ticks[-1]) if ticks else tuple(brief(float(end)) for end in (min(places), max(places)))
+        ends = (
+            (ticks[int(min(places))], ticks[int(max(places))])
+            if ticks
+            else tuple(brief(float(end)) for end in (min(places), max(places)))
+        )
         columns.append(_spread(column))
         labels.append((short, *ends))
     lines = np.column_stack([*columns, _spread(values)])

@@ -54,7 +54,7 @@ def test_a_perfect_but_timid_model_does_not_become_certain(certainty):
     temperature = calibrate.fit_temperature(logits, labels)
 
     confidence = calibrate.softmax(logits, temperature).max()
-    assert 0.98 < confidence < 0.9999  # 100 images without an error allow no more than about 1 in 100
+    assert 0.97 < confidence < 0.9999  # 100 images without an error allow no more than about 1 in 100
 
 
 def test_a_model_without_errors_keeps_the_confidence_that_it_has():
@@ -69,21 +69,30 @@ def test_one_error_in_many_images_speaks_neither_for_nor_against_the_model():
     wrong = logits.copy()
     wrong[0] = wrong[0][::-1]
     assert calibrate.fit_temperature(logits, labels) == 1
-    assert calibrate.fit_temperature(wrong, labels) > 1.2  # it was sure of it
+    assert calibrate.fit_temperature(wrong, labels) > 1.15  # it was sure of it
 
 
 def test_a_model_that_is_always_wrong_goes_to_the_upper_bound():
-    labels = np.arange(50) % 10
+    labels = np.arange(500) % 10
     logits = np.eye(10, dtype=np.float32)[(labels + 1) % 10] * 5
 
     assert calibrate.fit_temperature(logits, labels) == pytest.approx(calibrate.MAX_TEMPERATURE)
+
+
+@pytest.mark.parametrize("images", [2, 4, 10])
+def test_a_few_images_of_a_model_that_knows_nothing_yet_ask_for_little(images):
+    """They ask for anything, from 0.05 to 20: the loss is flat, and what they happen to be decides."""
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        logits = rng.normal(0, 0.1, (images, 2)).astype(np.float32)
+        assert 0.5 < calibrate.fit_temperature(logits, rng.integers(0, 2, images)) < 2
 
 
 def test_a_few_images_of_one_class_do_not_make_the_model_certain():
     """All are right by little: the likelihood alone would have no end."""
     logits = np.tile(np.array([[0.1, 0.0]], np.float32), (8, 1))
 
-    assert calibrate.fit_temperature(logits, np.zeros(8, np.int64)) == 1
+    assert 0.9 < calibrate.fit_temperature(logits, np.zeros(8, np.int64)) <= 1
 
 
 def test_equal_logits_leave_the_temperature_alone():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_the_next_export_takes_the_next_number(digits_trained, tmp_path):
     assert export_version(digits_trained, tmp_path, batches=(1, 2), variants=()).name == "8"
 
 
+def test_the_number_of_a_version_that_was_removed_is_not_given_again(digits_trained, tmp_path):
+    shutil.rmtree(export_version(digits_trained, tmp_path, variants=()))
+    again = export_version(digits_trained, tmp_path, variants=())
+
+    assert again.name == "2"
+    assert artifact.versions(again.parent) == [2]
+
+
 def test_exporters_that_race_get_numbers_of_their_own(tmp_path):
     barrier = threading.Barrier(4, timeout=30)
     published = []
@@ -121,7 +130,7 @@ def test_exporters_that_race_get_numbers_of_their_own(tmp_path):
     assert sorted(path.name for path in published) == ["1", "2", "3", "4"]
     for path in published:
         assert artifact.load(path).manifest.version == int(path.name)
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["1", "2", "3", "4"]
+    assert sorted(p.name for p in (tmp_path / "m").glob("[!.]*")) == ["1", "2", "3", "4"]
 
 
 def manifest_of(staging):

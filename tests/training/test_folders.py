@@ -7,13 +7,17 @@ import pytest
 from service.errors import ConfigurationError, TrainingError
 from training.config import Experiment, load_experiment
 from training.folders import (
+    alone,
     begun_run,
     check_apart,
     check_writable,
+    has_changed,
     latest_run,
     name_for,
     new_run,
     newest_run,
+    note_published,
+    published,
     settings_of,
     writing,
 )
@@ -65,6 +69,42 @@ def test_the_export_of_a_resumed_run_may_be_another(tmp_path):
 def test_nothing_to_resume_is_said_so(tmp_path):
     with pytest.raises(ConfigurationError, match="no run to resume"):
         latest_run(tmp_path / "digits", "last.pt")
+
+
+def test_a_run_is_published_as_long_as_its_version_is_there(tmp_path):
+    folder, version = new_run(tmp_path / "runs", Experiment()), tmp_path / "models" / "x" / "3"
+    version.mkdir(parents=True)
+    assert published(folder, tmp_path / "models") is None
+    note_published(folder, version)
+    assert published(folder, tmp_path / "models") == version
+    assert published(folder, tmp_path / "elsewhere") is None
+    version.rmdir()
+    assert published(folder, tmp_path / "models") is None
+
+
+def test_images_and_settings_that_have_changed_are_noticed(tmp_path):
+    images = tmp_path / "images"
+    (images / "a").mkdir(parents=True)
+    (images / "a" / "1.png").write_bytes(b"1")
+    folder = new_run(tmp_path / "runs", Experiment())
+    note_published(folder, tmp_path)
+    assert not has_changed(folder, Experiment(), images)
+    assert has_changed(folder, Experiment.model_validate({"loop": {"epochs": 7}}), images)
+    (images / "a" / "1.png").unlink()
+    os.utime(images / "a", (2**33, 2**33))
+    assert has_changed(folder, Experiment(), images)
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path):
+    with alone(tmp_path), pytest.raises(ConfigurationError, match="another process is working on"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
+
+
+def test_a_folder_that_can_be_written_is_not_made_before_it_is_needed(tmp_path):
+    check_writable(tmp_path / "a" / "b", "the repository")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_newest_run_with_a_checkpoint_has_begun(tmp_path):

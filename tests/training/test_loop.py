@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.errors import ConfigurationError, TrainingError
+from service.errors import ConfigurationError, DataError, TrainingError
 from training import checkpoint
 from training.assemble import build_source, build_stepper, build_trainer
 from training.config import Experiment
@@ -232,6 +232,13 @@ def test_what_a_run_goes_on_with_is_what_it_began_with(digit_data, tmp_path):
     _, two = parts_of(digit_data, tmp_path, group=Voting(0, 2), loop={"epochs": 1})
     with pytest.raises(TrainingError, match="processes was 1, and is 2"):
         two.resume()
+
+
+def test_a_run_whose_best_weights_are_gone_is_not_trained_to_the_end(digit_data, tmp_path):
+    trainer_of(digit_data, tmp_path, loop={"epochs": 2}).fit(Notes())
+    (tmp_path / BEST).unlink()
+    with pytest.raises(DataError, match=r"best\.pt is gone, the weights of epoch \d"):
+        trainer_of(digit_data, tmp_path, loop={"epochs": 2}).resume()
 
 
 def test_a_stem_follows_normalised_training_images_and_many_of_them(digit_data):

@@ -511,8 +511,13 @@ def test_a_model_that_is_worse_than_a_constant_answer_is_told_how_much(right, wo
 
 
 def test_the_temperature_is_of_the_validation_part_and_the_test_part_judges(digit_folder, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(training.run, "export_version", lambda trained, *_, **__: seen.append(trained) or tmp_path)
+    seen, export = [], training.run.export_version
+
+    def export_version(trained, *arguments, **options):
+        seen.append(trained)
+        return export(trained, *arguments, **options)
+
+    monkeypatch.setattr(training.run, "export_version", export_version)
     settings = Experiment.model_validate({
         "name": "digits", "input": {"size": 16}, "data": {"validation": 0.3, "test": 0.2},
         "loop": {"epochs": 2, "precision": "float32", "threads": 1}, "export": {"calibration_images": 20}})  # fmt: skip

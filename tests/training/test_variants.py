@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -116,8 +118,18 @@ def test_int8_that_ruins_accuracy_is_rejected_with_figures_after_the_search(ruin
     outcome = variants.build(["int8"], ruined, budget_points=0.5, compare=twice_as_fast)
 
     assert outcome.kept == []
-    assert "points of accuracy on 40 held-out images, and still" in outcome.rejected[0].reason
-    assert outcome.rejected[0].reason.endswith("allowed are 0.5")
+    reason = outcome.rejected[0].reason
+    assert "on 40 held-out images); allowed are 0.5; with its first and last layers in float still" in reason
+
+
+def test_few_images_that_do_not_show_a_loss_show_that_the_answers_are_others(ruined):
+    """As many have become right as wrong: by chance."""
+    nobodys = dataclasses.replace(ruined, labels=np.full(40, 99))
+    outcome = variants.build(["int8"], nobodys, budget_points=0.5, compare=twice_as_fast)
+
+    assert outcome.kept == []
+    assert "another top class than fp32 on " in outcome.rejected[0].reason
+    assert "so few cannot show a loss below 2.5 points" in outcome.rejected[0].reason
 
 
 def test_the_same_loss_is_kept_within_a_larger_budget(ruined):
