@@ -346,7 +346,8 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
         return _WithFile(**dict(flags or {}))
     except ValidationError as error:
         faults = "; ".join(_fault(each) for each in error.errors())
-        raise ConfigurationError(f"wrong settings: {faults}") from error
+        where = f" ({config}, flags or environment)" if config else ""
+        raise ConfigurationError(f"wrong settings{where}: {faults}") from error
     except SettingsError as error:  # a table or a list in an environment variable that is no JSON
         variable = re.search(r'for field "(\w+)" from source "EnvSettingsSource"', str(error))
         where = f"the environment variable CONVOY_{variable[1].upper()}" if variable else "the environment"
@@ -357,4 +358,8 @@ def load(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
 
 def _fault(error: ErrorDetails) -> str:
     where, said, given = ".".join(map(str, error["loc"])), validation.message(error), validation.value(error)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, Settings.model_fields, 1)
+        meant = f"; did you mean {near[0]}?" if near else "; `convoy serve --help` lists them"
+        return f"{where} is no setting{meant}"
     return f"{where}: {said}{given and f' (got {given})'}" if where else said

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,11 +28,23 @@ Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=8192)]
 VariantName = Literal["int8", "fp16", "trt-int8"]
 
+# What other programs call settings.
+_SHORT = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size"}
+
 
 class Section(BaseModel):
-    """Frozen, and a misspelt key is an error."""
+    """Frozen, and a misspelt key is an error. So is `yes` for a number, which would count as 1."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_number_is_a_truth(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and bool not in (field.annotation, *get_args(field.annotation)):
+                raise ValueError(f"{name} takes no {'yes' if value else 'no'}; leave it out, or give its value")
+        return given
 
 
 class DataConfig(Section):
@@ -322,8 +334,22 @@ def _fault(error: Mapping[str, Any]) -> str:
     if error["type"] == "string_pattern_mismatch":
         return f"{key} {error['input']!r} may hold letters, digits and ._- only, and starts with a letter or digit"
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, setting_names(), 1)
-        meant = f"; did you mean {near[0]}?" if near else ";"
+        near = _meant(key)
+        meant = f"; did you mean {near}?" if near else ";"
         return f"{key} is not a setting{meant} `convoy train --print-settings` lists them"
     said, given = validation.message(error), validation.value(error)
     return f"{key}{given and f' = {given}'}: {said[0].lower()}{said[1:]}"
+
+
+def _meant(key: str) -> str | None:
+    """The setting or section whose name a mistyped one is likely to stand for."""
+    section, _, name = key.rpartition(".")
+    known = list(setting_names())
+    if not section:  # of a section, or of a setting without its section
+        near = difflib.get_close_matches(key, Experiment.model_fields, 1)
+        return near[0] if near else next((each for each in known if each.endswith(f".{key}")), None)
+    beside = [each for each in known if each.startswith(f"{section}.")]
+    wanted = f"{section}.{_SHORT.get(name, name)}"
+    begins = [each for each in beside if each.startswith(wanted)]
+    near = begins or difflib.get_close_matches(wanted, beside, 1) or difflib.get_close_matches(key, known, 1)
+    return near[0] if near else None

@@ -38,11 +38,12 @@ def list_images(source: Path) -> Listing:
         raise DataError(f"{source} does not exist; give a folder that holds one folder of images per class, or a CSV")
     folders = _folders(source)
     parts = {name: SPLIT_ALIASES[name.lower()] for name in folders if name.lower() in SPLIT_ALIASES}
-    if TRAIN in parts.values() and len(parts) > 1:
+    if TRAIN in parts.values() and (len(parts) > 1 or folders == list(parts)):
         _check_parts(source, [name for name in folders if name not in parts])
         return _list_parts(source, parts)
     if TRAIN in parts.values():
         _check_no_parts(source, next(iter(parts)), folders)
+    _check_no_part_among(source, parts, folders)
     found = {name: sorted(_walk(source / name, name)) for name in folders}
     _check_folders(source, found)
     return listing_of(source, [Entry(path, name) for name, paths in found.items() for path in paths])
@@ -81,6 +82,17 @@ def _check_no_parts(root: Path, train: str, folders: Sequence[str]) -> None:
             f"{root}: {_some([train, *others])} hold folders of the same names, as parts of a split do; {_PARTS_ARE}; "
             "rename the folders, or give a CSV if they are classes"
         )
+
+
+def _check_no_part_among(root: Path, parts: Mapping[str, int], folders: Sequence[str]) -> None:
+    """A folder `test` beside the classes that holds those classes again is no class of its own."""
+    classes = {name for name in folders if name not in parts}
+    for part in parts:
+        if (below := set(_folders(root / part))) and below <= classes:
+            raise DataError(
+                f"{root}: {part} holds folders of the names of those beside it, as a part of a split does; put those "
+                f"beside it into {root / 'train'}, or give a CSV if {part} is a class"
+            )
 
 
 def _check_loose(root: Path, beside: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,7 @@ def listing_of(
         DataError: fewer than two classes, or a name that is no text.
     """
     _check_names(entries)
+    _check_labels({entry.label for entry in entries})
     classes = tuple(sorted({entry.label for entry in entries}) if classes is None else classes)
     if len(classes) < 2:  # noqa: PLR2004 - a classifier needs two
         raise DataError(
@@ -108,6 +110,17 @@ def _check_names(entries: Sequence[Entry]) -> None:
     except UnicodeEncodeError:
         wrong = next(entry.path for entry in entries if not entry.path.isascii() and not _is_text(entry.path))
         raise DataError(f"the name {wrong!r} is not in UTF-8; rename the file or its folder") from None
+
+
+def _check_labels(labels: Collection[str]) -> None:
+    """A Mac writes an umlaut as two characters, others as one: nobody would see that there are two classes."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(unicodedata.normalize("NFC", label), label)
+        if other != label:
+            raise DataError(
+                f"there are two classes {label!a} and {other!a}, which look the same: {label}; rename one of them"
+            )
 
 
 def _is_text(name: str) -> bool:

@@ -145,11 +145,13 @@ def check_classes(dataset: Dataset, faults: Sequence[Fault]) -> None:
     counts = np.bincount(dataset.labels[dataset.usable], minlength=len(dataset.classes))
     lost = [name for name, count in zip(dataset.classes, counts, strict=True) if count == 0]
     if lost:
-        first = faults[0] if faults else None
-        example = f" (first of {len(faults)}: {first.path}: {first.message})" if first else ""
+        indices = [dataset.classes.index(name) for name in lost]
+        theirs = {dataset.listing.paths[row] for row in np.flatnonzero(np.isin(dataset.listing.labels, indices))}
+        first = next((fault for fault in faults if fault.path in theirs), None)
+        example = f" (as {first.path}: {first.message})" if first else ""
         raise DataError(
-            f"{dataset.listing.root}: no usable image of class {', '.join(lost[:5])} is left{example}; "
-            "replace the files or remove the folder"
+            f"{dataset.listing.root.resolve()}: no usable image of class {', '.join(lost[:5])} is left{example}; "
+            "replace the files, or leave the class out"
         )
 
 

@@ -62,6 +62,10 @@ def stratified_split(
     for label, name in enumerate(classes):
         members = rows[labels[rows] == label]
         held = [max(1, round(len(members) * share)) if share else 0 for share in (validation, test)]
+        if not len(members) and (labels == label).any():
+            raise DataError(
+                f"class {name} has images to judge by and none to train on; put some into the training part"
+            )
         if len(members) <= sum(held):
             less = ", or hold out less with --validation 0 or --test 0" if sum(held) else ""
             raise DataError(

@@ -132,7 +132,7 @@ def test_a_file_that_cannot_be_used_is_named(file, text, words):
     ],
 )
 def test_a_model_s_wrong_settings_are_named(file, own, words):
-    with pytest.raises(ConfigurationError, match=rf"^wrong settings: model_settings\.pets(?!.*alue error).*{words}"):
+    with pytest.raises(ConfigurationError, match=rf"^wrong settings .*: model_settings\.pets(?!.*alue error).*{words}"):
         load(file(f"model_settings: {{pets: {{{own}}}}}"))
 
 

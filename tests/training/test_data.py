@@ -114,3 +114,22 @@ def test_names_may_be_of_any_script_but_have_to_be_text(tmp_path):
 def test_pictures_that_cannot_be_read_are_listed_to_be_reported(tmp_path):
     make(tmp_path, "a/1.png", "a/2.HEIC", "a/3.tif", "b/4.png", "b/readme.md")
     assert list_images(tmp_path).paths == ("a/1.png", "a/2.HEIC", "a/3.tif", "b/4.png")
+
+
+def test_the_training_part_alone_is_split_as_a_folder_of_classes(tmp_path):
+    make(tmp_path, *(f"train/{name}/{n}.png" for name in ("cat", "dog") for n in range(3)))
+    listing = list_images(tmp_path)
+    assert listing.classes == ("cat", "dog")
+    assert listing.paths[0] == "train/cat/0.png"
+
+
+def test_a_part_beside_the_classes_is_no_class(tmp_path):
+    make(tmp_path, "cat/1.png", "dog/2.png", "test/cat/3.png", "test/dog/4.png")
+    with pytest.raises(DataError, match="test holds folders of the names of those beside it"):
+        list_images(tmp_path)
+
+
+def test_names_that_look_the_same_are_told(tmp_path):
+    make(tmp_path, "K\u00e4fer/1.png", "Ka\u0308fer/2.png")
+    with pytest.raises(DataError, match=r"two classes 'K.*fer' and 'K.*fer', which look the same"):
+        list_images(tmp_path)

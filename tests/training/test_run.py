@@ -155,7 +155,7 @@ def test_what_was_left_out_is_told_where_nothing_is_left(digit_folder, tmp_path)
         shutil.copy(file, images / "val" / "1")
     shown = display()
     experiment = Experiment.model_validate({**TREE, "data": {"test": 0}})
-    with pytest.raises(DataError, match="class 1 has only 0 usable training images") as caught:
+    with pytest.raises(DataError, match="class 1 has images to judge by and none to train on") as caught:
         run(experiment, images, tmp_path / "models", tmp_path / "runs", shown)
     assert "hold out less" not in str(caught.value)
     assert shown.console.file.getvalue().count("left out train/1/") == 5
