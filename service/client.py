@@ -197,4 +197,7 @@ def refusal(error: grpc.RpcError) -> ServerRefusedError:
         status = rpc_status.from_call(error)
     except ValueError:  # a proxy has changed the text or the code, or what is there is of another protocol
         status = None
-    return ServerRefusedError(error.code().name, error.details() or "", status.details if status else ())
+    text = error.details() or ""
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        text += "; classification and the admin API (--admin) have ports of their own: is this the right one?"
+    return ServerRefusedError(error.code().name, text, status.details if status else ())

@@ -370,7 +370,10 @@ class Repository:
         """The versions of a model in the source; NotFoundError if it has none, or not this one."""
         present = (await self._present(everything=True)).get(name, [])
         if not present or (number is not None and number not in present):
-            raise NotFoundError(f"the repository has no {name}" + ("" if number is None else f" version {number}"))
+            what = name if number is None else f"{name} version {number}"
+            raise NotFoundError(
+                f"the repository has no {what}: no {name}/{number or 1}/manifest.json is in it"
+            )
         return present
 
     def _is_lost(self, present: Mapping[str, list[int]]) -> bool:

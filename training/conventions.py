@@ -41,11 +41,16 @@ class Normalisation:
         return np.ascontiguousarray(x if layout == "nhwc" else x.transpose(0, 3, 1, 2)).astype(dtype)
 
 
+# In pixels. Presets are of networks that see 224 of them or about.
+_SMALL = 96
+
+
 @dataclass(frozen=True)
 class Preset:
     """How a family of published models wants its images.
 
-    `crop_share`: side of the centre crop as a share of the shorter side after the resize; None stretches.
+    `crop_share`: side of the centre crop as a share of the shorter side after the resize; None stretches. Of inputs
+    below 96 pixels it is 1.
     """
 
     rule: Normalisation
@@ -145,6 +150,8 @@ def input_spec(request: Request, height: int, width: int, channels: Literal[1, 3
     if mode == "stretch" and request.shorter_side is not None:
         raise ConfigurationError("--shorter-side belongs to --resize crop; images are stretched to the input here")
     longest = max(height, width)
+    if longest < _SMALL:  # networks for thumbnails see all of them
+        share = None
     side = None if mode == "stretch" else request.shorter_side or round(longest / (share or 1))
     if side is not None and side < longest:
         raise ConfigurationError(f"--shorter-side {side} is smaller than the input of {height}x{width}")

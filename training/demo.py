@@ -192,10 +192,11 @@ def _report(console: Console, result: Result, served: Served) -> None:
 
 
 def _farewell(display: Display, folder: Path, result: Result) -> None:
+    serve = "make serve" if folder == Path(".demo") else f".venv/bin/convoy serve --repository {folder / 'models'}"
     display.say(
         f"""
 Next:
-  make serve                                                   keep this model served on localhost:8500
+  {serve:<60} keep this model served on localhost:8500
   .venv/bin/convoy classify {shlex.quote(str(result.holdout[0].parent))} --model {NAME}
   .venv/bin/convoy inspect {result.version}
   open {result.version / "card.html"} in a browser: the model card

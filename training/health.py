@@ -37,6 +37,6 @@ def check_moving(history: Sequence[Mapping[str, float]], epochs: int, classes: i
     if not warming_up and min(losses) > _STUCK * chance:
         raise TrainingError(
             f"the loss has stayed at {losses[-1]:.3f}, that of guessing among {classes} classes ({chance:.3f}), for "
-            f"{epochs} epochs. Try a lower --learning-rate with a longer --warmup, less --weight-decay, a network with "
-            "BatchNorm (vgg16_bn instead of vgg16), and check that the labels are right"
+            f"{epochs} epochs. Try another --learning-rate (--find-lr), a longer --warmup, less --weight-decay, a "
+            "network with BatchNorm (vgg16_bn instead of vgg16), and check that the labels are right"
         )

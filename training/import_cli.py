@@ -106,6 +106,19 @@ def import_model(
     version = import_version(request, repository)
     click.echo(f"Wrote {version}")
     click.echo(f"Model card: {version / 'card.html'}")
+    click.echo(_understood(version, request.preset))
     click.echo("Next:")
     click.echo(f"  convoy serve --repository {shlex.quote(str(repository))}")
     click.echo(f"  convoy classify IMAGE --server localhost:8500 --model {request.name}")
+
+
+def _understood(version: Path, preset: str) -> str:
+    """How images will be treated: most of it is assumed, and answers depend on it."""
+    from service import artifact
+
+    manifest = artifact.read_manifest(version)
+    mean, std = (", ".join(f"{value:.4g}" for value in manifest.recipe[key]) for key in ("mean", "std"))
+    return (
+        f"Images: {manifest.input.describe()}, {manifest.recipe['channel_order']}, minus {mean}, divided by {std} "
+        f"(preset {preset}, but for the options given). If the model was trained otherwise, its answers are wrong"
+    )

@@ -27,7 +27,8 @@ from training.runtime import CPU, ForeignSession, Outputs, Session
 
 _ORIGINAL = gates.Original(
     "the original model",
-    "the graph has its batch size or its normalisation built in; export it again with a dynamic batch",
+    "the graph has its batch size built in, or was exported in training mode; call eval() before, and export it again "
+    "with a dynamic batch",
 )
 _GENERATED_CANARIES = 4
 _SUM_TOLERANCE = 1e-2

@@ -141,7 +141,10 @@ def _space_text(experiment: Experiment, tuning: TuneConfig) -> str:
 
 def _conclude(job: Tuning, outcome: Outcome, display: Display) -> None:
     if outcome.elsewhere:
-        display.say(f"{outcome.elsewhere} trials are still running in other workers.")
+        display.say(
+            f"{outcome.elsewhere} trials are still running in other workers. If there is none, one was lost: "
+            f"{job.heartbeat.grace_s} s after its last sign of life the same command takes its trial up again."
+        )
     if outcome.left:
         display.say(f"{outcome.left} trials are left; the same command goes on with the study.")
     if outcome.best is None:

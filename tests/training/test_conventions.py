@@ -80,6 +80,11 @@ def test_values_for_other_pixels_than_those_in_0_to_1_are_refused(changes):
         normalisation(request(**changes), 3)
 
 
+@pytest.mark.parametrize(("pixels", "side"), [(32, 32), (64, 64), (112, 128), (224, 256)])
+def test_of_small_inputs_nothing_is_cut_off(pixels, side):
+    assert input_spec(request(), pixels, pixels, 3).resize.shorter_side == side
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_preset_is_refused(preset):
     assert normalisation(request(preset=preset), 3) == PRESETS[preset].rule
