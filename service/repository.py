@@ -371,9 +371,7 @@ class Repository:
         present = (await self._present(everything=True)).get(name, [])
         if not present or (number is not None and number not in present):
             what = name if number is None else f"{name} version {number}"
-            raise NotFoundError(
-                f"the repository has no {what}: no {name}/{number or 1}/manifest.json is in it"
-            )
+            raise NotFoundError(f"the repository has no {what}: no {name}/{number or 1}/manifest.json is in it")
         return present
 
     def _is_lost(self, present: Mapping[str, list[int]]) -> bool:

@@ -25,7 +25,7 @@ def test_the_command_imports_and_says_what_comes_next(tmp_path, labels):
     manifest = artifact.load(tmp_path / "r" / "net" / "1").manifest
     assert result.exit_code == 0
     assert "convoy classify IMAGE --server localhost:8500 --model net" in result.output
-    assert "Images: shorter side to 40 (bilinear, antialiased), centre crop 32x24, bgr, minus 0.5, 0.5, 0.5" in result.output
+    assert "Images: shorter side to 40 (bilinear, antialiased), centre crop 32x24, bgr, minus 0.5" in result.output
     assert manifest.recipe["mean"] == [0.5, 0.5, 0.5]
     assert manifest.recipe["std"] == [0.2, 0.3, 0.4]
     assert manifest.recipe["channel_order"] == "bgr"
