@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import posixpath
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -31,14 +30,15 @@ from training.labels import read_labels
 from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
 from training.read import Fault, channels_of, decode_into, decoder_version
+from training.shard_columns import DIGEST_BYTES, SET_ASIDE, Columns, Seen
 from training.shards import Sample, ShardSet, find_shards, part_of, read_shard
 from training.tables import table_entries
 
 _CALIBRATION = 512
 _CHUNK = 256
-_FORMAT = 2  # of what a scan leaves; an older one is not opened
-_SET_ASIDE = -2
-_ARRAYS, _FAULTS, _HELD_OUT, _NAMES = "scan.npz", "faults.json", "held-out.csv", "classes.txt"
+_FORMAT = 3  # of what a scan leaves; an older one is not opened
+_ARRAYS, _LABELS, _FAULTS, _HELD_OUT = "scan.npz", "labels.json", "faults.json", "held-out.csv"
+_NAMES = "classes.txt"
 
 
 def count_shard_channels(source: Path, shards: int = 16, samples: int = 16) -> int:
@@ -51,26 +51,6 @@ def count_shard_channels(source: Path, shards: int = 16, samples: int = 16) -> i
     chosen = urls[:: max(1, len(urls) // shards)]
     found = (sample for url in chosen for sample in islice(read_shard(url), samples))
     return channels_of(io.BytesIO(sample.image) for sample in found)
-
-
-class _Seen(NamedTuple):
-    """A sample after the first look.
-
-    `digest`: of the encoded image. `image`: None for what is not trained on. `file`: into which a held-out one is
-    unpacked, relative to the folder.
-    """
-
-    part: int
-    label: str
-    key: str
-    digest: bytes
-    image: NDArray[np.uint8] | None = None
-    file: str = ""
-    fault: Fault | None = None
-
-    def without(self, fault: Fault) -> _Seen:
-        """The same, set aside."""
-        return self._replace(part=_SET_ASIDE, fault=fault)
 
 
 class _Reservoir:
@@ -159,14 +139,13 @@ class _Scan:
         self._seed = seed
         self._sums = ChannelSums(spec.channels)
         self._sample = _Reservoir(_CALIBRATION, seed)
-        self._seen: list[list[_Seen]] = []
+        self._seen = Columns()
 
     def run(self, urls: Sequence[str], workers: int, advance: Callable[[int], None]) -> None:
         """Reads every sample and writes what was found."""
-        self._urls = urls
         with ThreadPoolExecutor(workers) as pool:
             for number, url in enumerate(urls):
-                self._seen.append([])
+                self._seen.begin(url)
                 samples = enumerate(read_shard(url))
                 while chunk := list(islice(samples, _CHUNK)):
                     for seen in pool.map(lambda one, shard=(number, url): self._look(*shard, *one), chunk):
@@ -174,26 +153,30 @@ class _Scan:
                     advance(len(chunk))
         self._write()
 
-    def _look(self, number: int, url: str, place: int, sample: Sample) -> _Seen:
-        path = f"{url}/{sample.key}{sample.suffix}"
-        digest = hashlib.blake2b(sample.image, digest_size=16).digest()
-        if sample.repeated:
-            fault = Fault(path, "ambiguous", f"the sample has more than one {sample.repeated}")
-            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=fault)
-        if not sample.label or not sample.image:
-            what = "label (.cls)" if sample.image else "image"
-            message = f"the sample has no {what}; what follows the first dot of a file's name is its type"
-            fault = Fault(path, "incomplete", message)
-            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=fault)
+    def _look(self, number: int, url: str, place: int, sample: Sample) -> Seen:
+        name = f"/{sample.key}{sample.suffix}"
+        digest = hashlib.blake2b(sample.image, digest_size=DIGEST_BYTES).digest()
         image = np.empty(self._spec.shape, np.uint8)
-        unusable = decode_into(image, sample.image, self._spec, self._min_side_pixels)
+        unusable = self._unusable(sample, image)
         if unusable:
-            return _Seen(_SET_ASIDE, sample.label, path, digest, fault=Fault(path, *unusable))
+            return Seen(SET_ASIDE, sample.label, name, digest, fault=Fault(url + name, *unusable))
         part = part_of(url)
         part = self._drawn(url, sample.key) if part == TRAIN else part
         if part == TRAIN:
-            return _Seen(part, sample.label, path, digest, image)
-        return _Seen(part, sample.label, path, digest, file=self._unpack(part, sample, f"{number}\0{place}"))
+            return Seen(part, sample.label, name, digest, image)
+        file = self._folder / _file_of(part, number, place, sample.suffix)
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(sample.image)
+        return Seen(part, sample.label, name, digest)
+
+    def _unusable(self, sample: Sample, image: NDArray[np.uint8]) -> tuple[str, str] | None:
+        """Decodes the sample into `image`; reason and message if that cannot be."""
+        if sample.repeated:
+            return "ambiguous", f"the sample has more than one {sample.repeated}"
+        if not sample.label or not sample.image:
+            what = "label (.cls)" if sample.image else "image"
+            return "incomplete", f"the sample has no {what}; what follows the first dot of a file's name is its type"
+        return decode_into(image, sample.image, self._spec, self._min_side_pixels)
 
     def _drawn(self, url: str, key: str) -> int:
         """Held out by a hash: the same samples wherever the shards are, whatever their order and number.
@@ -207,82 +190,56 @@ class _Scan:
             return TEST
         return VALIDATION if place < self._shares[TEST] + self._shares[VALIDATION] else TRAIN
 
-    def _unpack(self, part: int, sample: Sample, place: str) -> str:
-        """Into a file of its own: keys may come again, in one shard and in others."""
-        name = hashlib.blake2b(place.encode(), digest_size=12).hexdigest() + sample.suffix
-        folder = self._folder / SPLIT_NAMES[part]
-        folder.mkdir(exist_ok=True)
-        (folder / name).write_bytes(sample.image)
-        return f"{SPLIT_NAMES[part]}/{name}"
-
-    def _note(self, seen: _Seen) -> None:
+    def _note(self, seen: Seen) -> None:
         if seen.image is not None:
             self._sums.add(seen.image)
             self._sample.add(seen.image)
-        self._seen[-1].append(seen._replace(image=None))
+        self._seen.add(seen)
 
     def _write(self) -> None:
-        self._set_repeated_aside()
+        self._seen.set_repeated_aside()
+        parts, codes = self._seen.parts, self._seen.codes
         arrays: dict[str, NDArray[Any]] = {}
-        for number, shard in enumerate(self._seen):
-            arrays[f"parts{number}"] = np.array([seen.part for seen in shard], dtype=np.int8)
-            arrays[f"labels{number}"] = np.array([seen.label for seen in shard], dtype=np.str_)
+        for number, rows in enumerate(self._seen.shards()):
+            arrays |= {f"parts{number}": parts[rows], f"labels{number}": codes[rows]}
         mean, std = self._sums.moments()
         sample = np.stack(self._sample.images) if self._sample.images else np.empty((0, *self._spec.shape))
         arrays |= {"mean": np.array(mean), "std": np.array(std), "calibration": sample.astype(np.uint8)}
-        arrays["digest"] = np.array(self._digest())
+        arrays["digest"] = np.array(self._seen.digest())
         np.savez(self._folder / _ARRAYS, allow_pickle=False, **arrays)
-        every = [seen for shard in self._seen for seen in shard]
-        faults = [asdict(seen.fault) for seen in every if seen.fault]
+        (self._folder / _LABELS).write_text(json.dumps(list(self._seen.texts)), encoding="utf-8")
+        faults = [asdict(fault) for _, fault in sorted(self._seen.faults.items())]
         (self._folder / _FAULTS).write_text(json.dumps(faults), encoding="utf-8")
-        held_out = [
-            (seen.file, seen.label, SPLIT_NAMES[seen.part]) for seen in every if seen.part in (VALIDATION, TEST)
-        ]
         with (self._folder / _HELD_OUT).open("w", encoding="utf-8", newline="") as stream:
-            rows = csv.writer(stream, lineterminator="\n")
-            rows.writerow(("path", "label", "split"))
-            rows.writerows(sorted(held_out))
+            table = csv.writer(stream, lineterminator="\n")
+            table.writerow(("path", "label", "split"))
+            table.writerows(sorted(self._held_out()))
 
-    def _set_repeated_aside(self) -> None:
-        """The same bytes under two labels go altogether; between the parts, the copy that tests or validates stays.
+    def _held_out(self) -> Iterator[tuple[str, str, str]]:
+        """File, label and part of each."""
+        parts, codes, texts = self._seen.parts, self._seen.codes, list(self._seen.texts)
+        for row in np.flatnonzero((parts == VALIDATION) | (parts == TEST)).tolist():
+            part, shard = int(parts[row]), self._seen.shard_of(row)
+            suffix = PurePosixPath(self._seen.name(row)).suffix
+            yield _file_of(part, shard, row - self._seen.starts[shard], suffix), texts[codes[row]], SPLIT_NAMES[part]
 
-        Copies within one part stay, too: in shards they may be there to show rare images more often.
-        """
-        labels: dict[bytes, set[str]] = {}
-        parts: dict[bytes, int] = {}
-        for seen in (seen for shard in self._seen for seen in shard if seen.part != _SET_ASIDE):
-            labels.setdefault(seen.digest, set()).add(seen.label)
-            parts[seen.digest] = max(seen.part, parts.get(seen.digest, TRAIN))
-        for shard in self._seen:
-            for place, seen in enumerate(shard):
-                if seen.part == _SET_ASIDE:
-                    continue
-                found, part = sorted(labels[seen.digest]), parts[seen.digest]
-                if len(found) > 1:
-                    message = f"the same image has different labels: {', '.join(found[:4])}"
-                    shard[place] = seen.without(Fault(seen.key, "contradiction", message))
-                elif seen.part < part:
-                    message = f"the same bytes as an image of the {SPLIT_NAMES[part]} part"
-                    shard[place] = seen.without(Fault(seen.key, "leak", message))
 
-    def _digest(self) -> str:
-        total = hashlib.sha256()
-        for url, shard in zip(self._urls, self._seen, strict=True):
-            # By names, not by place: the same shards are the same data wherever they lie.
-            for seen in shard:
-                name = posixpath.basename(url) + seen.key.removeprefix(url)
-                total.update(f"{name}\0{seen.label}\0{seen.part}\0".encode() + seen.digest)
-        return total.hexdigest()
+def _file_of(part: int, shard: int, place: int, suffix: str) -> str:
+    """Where a held-out sample is unpacked, below the folder. Keys may come again, in one shard and in others."""
+    name = hashlib.blake2b(f"{shard}\0{place}".encode(), digest_size=12).hexdigest()
+    return f"{SPLIT_NAMES[part]}/{name}{suffix}"
 
 
 def _open(folder: Path, urls: Sequence[str], names: Sequence[str]) -> Scanned:
     with np.load(folder / _ARRAYS) as stored:
-        texts = [stored[f"labels{number}"] for number in range(len(urls))]
+        codes = [stored[f"labels{number}"] for number in range(len(urls))]
         parts = tuple(stored[f"parts{number}"] for number in range(len(urls)))
         mean, std, calibration = stored["mean"], stored["std"], stored["calibration"]
         digest = hashlib.sha256("\0".join((str(stored["digest"]), *names)).encode()).hexdigest()
-    classes, index = _classes(texts, parts, names)
-    labels = tuple(np.array([index.get(text, -1) for text in shard.tolist()], dtype=np.int64) for shard in texts)
+    texts = json.loads((folder / _LABELS).read_text(encoding="utf-8"))
+    classes, index = _classes(texts, codes, parts, names)
+    number_of = np.array([index.get(text, -1) for text in texts], dtype=np.int64)
+    labels = tuple(number_of[shard] for shard in codes)
     shards = ShardSet(tuple(urls), parts, labels, tuple(mean.tolist()), tuple(std.tolist()), calibration, digest)
     if not len(shards):
         raise DataError(
@@ -296,10 +253,11 @@ def _open(folder: Path, urls: Sequence[str], names: Sequence[str]) -> Scanned:
 
 
 def _classes(
-    texts: Sequence[NDArray[np.str_]], parts: Sequence[NDArray[np.int8]], names: Sequence[str]
+    texts: Sequence[str], codes: Sequence[NDArray[np.int32]], parts: Sequence[NDArray[np.int8]], names: Sequence[str]
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Names in label order, and the index of each label text that is used."""
-    used = sorted({text for shard, part in zip(texts, parts, strict=True) for text in shard[part >= TRAIN].tolist()})
+    used_codes = {code for shard, part in zip(codes, parts, strict=True) for code in np.unique(shard[part >= TRAIN])}
+    used = sorted(texts[code] for code in used_codes)
     if all(text.isdecimal() for text in used):
         used.sort(key=int)
         if names:

@@ -1,9 +1,11 @@
 import os
 import shutil
+import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
-from tar_shards import SPEC, numbered, png, scanned, seen, source_of, write_shard
+from tar_shards import SPEC, add, numbered, png, scanned, seen, source_of, write_shard
 
 from service.errors import DataError
 from service.preprocess import preprocess
@@ -221,3 +223,46 @@ def test_labels_of_samples_that_are_set_aside_are_no_classes(tmp_path):
     samples = [(f"{i:04d}", png(i), "ab"[i % 2]) for i in range(30)] + [("broken", b"nothing", "c")]
     write_shard(tmp_path / "shards" / "000.tar", samples)
     assert scanned(tmp_path / "shards", tmp_path).held_out.classes == ("a", "b")
+
+
+def test_a_sample_among_many_is_named_when_it_is_set_aside(tmp_path):
+    """Names are kept in chunks of 256 samples, whatever the shards."""
+    many = [(f"many/{i:04d}", png(i, 4), i % 2) for i in range(600)]
+    write_shard(tmp_path / "shards" / "test-0.tar", [("t", many[255][1], 1)])
+    write_shard(tmp_path / "shards" / "train-0.tar", many[:300])
+    write_shard(tmp_path / "shards" / "train-1.tar", [*many[300:], ("again", many[256][1], 1)])
+    found = scanned(tmp_path / "shards", tmp_path)
+    folder = tmp_path / "shards"
+    assert [(fault.path, fault.reason) for fault in found.faults] == [
+        (f"{folder}/train-0.tar/many/0255.png", "leak"),
+        (f"{folder}/train-0.tar/many/0256.png", "contradiction"),
+        (f"{folder}/train-1.tar/again.png", "contradiction"),
+    ]
+
+
+def test_shards_without_any_sample_are_an_error(tmp_path):
+    write_shard(tmp_path / "shards" / "train-0.tar", [])
+    write_shard(tmp_path / "shards" / "train-1.tar", [])
+    with pytest.raises(DataError, match="no usable training samples"):
+        scanned(tmp_path / "shards", tmp_path)
+
+
+def test_samples_of_shards_that_were_read_take_little_memory(tmp_path):
+    """Sets larger than the disk have tens of millions of samples."""
+    few, many = (peak_bytes(tmp_path / str(shards), shards) for shards in (2, 12))
+    assert (many - few) / (10 * 400) < 200
+
+
+def peak_bytes(folder, shards):
+    folder.mkdir()
+    for shard in range(shards):
+        with tarfile.open(folder / f"train-{shard}.tar", "w") as archive:
+            for number in range(400):
+                add(archive, f"{number:08d}.png", png(400 * shard + number, 2))
+                add(archive, f"{number:08d}.cls", str(number % 2).encode())
+    tracemalloc.start()
+    try:
+        scanned(folder, folder, validation=0.0, test=0.0)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
