@@ -6,12 +6,10 @@ and what decoded them. It appears when it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +21,12 @@ import psutil
 from service.artifact import InputSpec
 from service.errors import DataError
 from service.resources import cgroup_memory_left
-from training.folders import one_by_one
+from training.folders import one_by_one, remove_leftovers
 from training.listing import Listing
 from training.read import Dataset, Fault, decoder_version, read_images
 
 _PIXELS, _DIGESTS, _USABLE, _FAULTS = "pixels.npy", "digests.npy", "usable.npy", "faults.json"
 _SHARE_OF_MEMORY = 4
-_STALE_S = 24 * 3600
 
 
 def fits_memory(listing: Listing, spec: InputSpec) -> bool:
@@ -77,7 +74,7 @@ def _write(
     workers: int,
     advance: Callable[[int], None],
 ) -> None:
-    _remove_leftovers(folder.parent)
+    remove_leftovers(folder.parent)
     beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     beside.mkdir()
     try:
@@ -101,15 +98,6 @@ def _reserve(file: Path) -> None:
     """Takes the file's space now: where a mapped file finds the disk full, the process is killed by SIGBUS."""
     with file.open("r+b") as stream:
         os.posix_fallocate(stream.fileno(), 0, stream.seek(0, os.SEEK_END))
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Removes what killed processes have left, once it is a day old; younger ones may still be at work."""
-    for leftover in parent.glob(".*.writing-*"):
-        with contextlib.suppress(FileNotFoundError):
-            newest = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
-            if time.time() - newest > _STALE_S:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _open(listing: Listing, folder: Path) -> tuple[Dataset, list[Fault]]:

@@ -23,6 +23,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
+        # What a killed process has left: it is as large as the checkpoint, and nobody else writes to a run's folder.
+        for leftover in path.parent.glob(f".{path.name}.writing-*"):
+            leftover.unlink(missing_ok=True)
         with beside.open("wb") as stream:
             torch.save({"format": FORMAT, **state}, stream)
             stream.flush()

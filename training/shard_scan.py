@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from service.artifact import InputSpec
 from service.errors import DataError
-from training.folders import one_by_one
+from training.folders import one_by_one, remove_leftovers
 from training.labels import read_labels
 from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
@@ -117,6 +117,7 @@ def scan(
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
     """An empty folder to take that one's place; it is gone afterwards, or has been moved."""
+    remove_leftovers(folder.parent)
     fresh = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -146,6 +147,7 @@ class _Scan:
         with ThreadPoolExecutor(workers) as pool:
             for number, url in enumerate(urls):
                 self._seen.begin(url)
+                os.utime(self._folder)  # where nothing is held out for a day, it would be taken for abandoned
                 samples = enumerate(read_shard(url))
                 while chunk := list(islice(samples, _CHUNK)):
                     for seen in pool.map(lambda one, shard=(number, url): self._look(*shard, *one), chunk):

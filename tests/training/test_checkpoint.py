@@ -29,6 +29,13 @@ def test_only_the_finished_file_is_there(tmp_path):
     assert checkpoint.load(tmp_path / "last.pt")["value"] == 2
 
 
+def test_what_a_killed_process_left_is_gone_with_the_next_checkpoint(tmp_path):
+    for name in (".last.pt.writing-1", ".best.pt.writing-1"):
+        (tmp_path / name).write_bytes(b"half")
+    checkpoint.save(tmp_path / "last.pt", {"value": 1})
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".best.pt.writing-1", "last.pt"]
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     checkpoint.save(tmp_path / "last.pt", {"value": 1})
     with pytest.raises((TrainingError, AttributeError, pickle.PicklingError)):

@@ -1,6 +1,7 @@
 import os
 import shutil
 import tarfile
+import time
 import tracemalloc
 
 import numpy as np
@@ -266,3 +267,27 @@ def peak_bytes(folder, shards):
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def test_what_killed_scans_left_is_removed_after_a_day(shards, tmp_path):
+    cache = tmp_path / "cache"
+    for name, age_s in ((".old.writing-1", 90_000), (".young.writing-2", 60)):
+        (cache / name / "test").mkdir(parents=True)
+        for path in (cache / name / "test", cache / name):
+            os.utime(path, times=(time.time() - age_s,) * 2)
+    scanned(shards, tmp_path)
+    assert [folder.name for folder in cache.glob(".*.writing-*")] == [".young.writing-2"]
+
+
+def test_a_long_scan_does_not_look_like_one_that_was_killed(shards, tmp_path):
+    """Though it may write nothing for days, where other shards are named for validation and test."""
+    ages = []
+
+    def advance(_):
+        (folder,) = (tmp_path / "cache").glob(".*.writing-*")
+        ages.append(time.time() - folder.stat().st_mtime)
+        os.utime(folder, times=(time.time() - 90_000,) * 2)
+
+    scanned(shards, tmp_path, validation=0.0, test=0.0, advance=advance)
+    assert len(ages) == 3
+    assert max(ages) < 3600
