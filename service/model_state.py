@@ -52,6 +52,7 @@ class ModelState:
     present: list[int] = field(default_factory=list)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _again: dict[int, _Again] = field(default_factory=dict)  # of those that failed for a reason that may pass
+    _gone: set[int] = field(default_factory=set)
     _loads: int = 0  # under way, or waiting for their turn
 
     # --- who answers
@@ -133,6 +134,12 @@ class ModelState:
     def unloaded_versions(self) -> list[int]:
         """Those that an operator took out of service, as far as they are in the source."""
         return [number for number in self.present if not self.by_hand.get(number, True)]
+
+    def newly_gone(self) -> set[int]:
+        """Versions in service that are no longer in the source, and were when this was asked the last time."""
+        gone = {number for number in self.served if number not in self.present}
+        newly, self._gone = gone - self._gone, gone
+        return newly
 
     # --- loads
 

@@ -182,6 +182,8 @@ class Repository:
         for name, model in self._models.items():
             model.present = present.get(name, [])
             model.forget_failures(model.present)
+            for number in model.newly_gone():
+                _log.warning("version is gone from the repository and serves on", model=name, version=number)
         for name, numbers in sorted(present.items()):
             known = self._models.get(name)
             if name in (self._names or present) and (known is None or not known.unloaded):

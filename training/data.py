@@ -142,6 +142,11 @@ def _check_folders(root: Path, found: Mapping[str, Sequence[str]]) -> None:
         loose = sum(is_image(entry.name) for entry in _entries(root))
         if loose:
             raise DataError(f"{root} holds {loose} images but no folders of images; {layout}")
+        packed = [entry.name for entry in _entries(root) if Path(entry.name).suffix.lower() in _ARCHIVES]
+        if packed:
+            raise DataError(
+                f"{root} holds no images, but {_some(packed)}; unpack that (tar shards: only the compression)"
+            )
         raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGES))}); {layout}")
     empty = [name for name, paths in found.items() if not paths]
     if empty:

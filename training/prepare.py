@@ -178,6 +178,8 @@ def input_spec(
     size = config.size or default.height
     mode = config.resize or default.resize.mode
     side = config.shorter_side
+    if mode == "stretch" and side is not None:
+        raise ConfigurationError("input.shorter_side is of a crop, and images are stretched; set input.resize to crop")
     if side is None and default.resize.shorter_side is not None and mode == "crop":
         side = round(default.resize.shorter_side * size / default.height)
     if side is not None and side < size:

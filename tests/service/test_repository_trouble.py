@@ -150,6 +150,19 @@ async def test_a_repository_that_is_suddenly_empty_counts_as_out_of_reach(root):
     assert len([line for line in lines if line["event"].startswith("repository is empty")]) == 1
 
 
+async def test_a_version_whose_directory_goes_is_told_once(root):
+    with structlog.testing.capture_logs() as lines:
+        async with opened(root) as repository:
+            await repository.load_all()
+            shutil.rmtree(root / "grey")
+            for _ in range(3):
+                await repository.poll()
+            assert served(repository) == [("grey", 10), ("other", 1)]
+
+    told = [line for line in lines if line["event"].startswith("version is gone")]
+    assert [(line["model"], line["version"]) for line in told] == [("grey", 10)]
+
+
 async def test_what_failed_before_its_volume_went_away_counts_until_it_is_back(root):
     mounted = root.with_name(f"{root.name}-mounted")
     async with opened(root) as repository:

@@ -116,6 +116,12 @@ def test_pictures_that_cannot_be_read_are_listed_to_be_reported(tmp_path):
     assert list_images(tmp_path).paths == ("a/1.png", "a/2.HEIC", "a/3.tif", "b/4.png")
 
 
+def test_packed_shards_are_to_be_unpacked(tmp_path):
+    make(tmp_path, "train-0.tar.gz", "train-1.tar.gz")
+    with pytest.raises(DataError, match=r"but train-0\.tar\.gz, train-1\.tar\.gz; unpack that"):
+        list_images(tmp_path)
+
+
 def test_the_training_part_alone_is_split_as_a_folder_of_classes(tmp_path):
     make(tmp_path, *(f"train/{name}/{n}.png" for name in ("cat", "dog") for n in range(3)))
     listing = list_images(tmp_path)

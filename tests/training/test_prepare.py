@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from service.artifact import InputSpec, Resize
-from service.errors import DataError
+from service.errors import ConfigurationError, DataError
 from service.preprocess import preprocess
 from training.config import Experiment, InputConfig
 from training.display import Display
@@ -137,3 +137,8 @@ def test_the_shorter_side_keeps_its_proportion_to_the_size():
     spec = input_spec(InputConfig(size=112), entry, 3, {})
     assert (spec.height, spec.resize.shorter_side) == (112, 128)
     assert input_spec(InputConfig(size=112, shorter_side=120), entry, 3, {}).resize.shorter_side == 120
+
+
+def test_a_shorter_side_is_of_a_crop():
+    with pytest.raises(ConfigurationError, match=r"input\.shorter_side is of a crop, and images are stretched"):
+        input_spec(InputConfig(shorter_side=40), describe("lenet5"), 1, {})
