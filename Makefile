@@ -5,7 +5,6 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROTOS := $(wildcard protos/convoy/v1/*.proto)
 
 # Stamps of what is installed; they are remade when the lists of dependencies change.
 RUNTIME := $(VENV)/.training.stamp

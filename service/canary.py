@@ -25,10 +25,11 @@ def check(version: ModelVersion, engine: Engine) -> float:
         CanaryError: it is above the version's tolerance, or not finite.
     """
     images = pixels(version)
-    return compare(version, threads.in_background(_probabilities, engine, images), engine)
+    return compare(version, threads.in_background(probabilities, engine, images), engine)
 
 
-def _probabilities(engine: Engine, images: Pixels) -> NDArray[np.float32]:
+def probabilities(engine: Engine, images: Pixels) -> NDArray[np.float32]:
+    """Of images uint8[M, H, W, C], as many at a time as the engine takes: float32[M, K]."""
     step = engine.buckets[-1]
     return np.concatenate([engine.infer([images[i : i + step]]).probabilities for i in range(0, len(images), step)])
 

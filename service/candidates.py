@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from service import providers
+from service import providers, resources
 from service.artifact import ModelVersion, Variant
 from service.errors import ConfigurationError
 from service.providers import AUTO, CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
@@ -19,7 +19,6 @@ _SUITABLE: Mapping[str, tuple[tuple[str, str], ...]] = {
     CUDA: (("fp16", ""), ("fp32", "")),
     TENSORRT: (("trt-int8", "int8"), ("fp32", "fp16"), ("fp32", "")),
 }
-_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _for_provider(
     if not suitable and wishes.variant != AUTO:  # pinned: the operator knows why
         suitable = [(wishes.variant, "")]
     for name, precision in suitable:
-        if precision != "bf16" or _BF16_FLAGS & machine.cpu_flags:
+        if precision != "bf16" or resources.BF16_FLAGS & machine.cpu_flags:
             yield by_name[name], precision
 
 
@@ -132,4 +131,4 @@ def _plan(provider: str, precision: str, wishes: Wishes, machine: Machine) -> Pl
         intra_op_threads=wishes.intra_op_threads,
         precision=precision,
     )
-    return Plan(provider, plan.intra_op_threads, plan.executors, precision, (), options)
+    return replace(plan, options=options)

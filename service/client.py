@@ -36,7 +36,7 @@ _SERVICE_CONFIG = """{
 
 
 @dataclass(frozen=True)
-class TlsFiles:
+class ClientTls:
     """PEM files: the authority that signed the server's certificate, and the client's own pair for mutual TLS."""
 
     ca: Path
@@ -88,7 +88,7 @@ class Client:
     """
 
     def __init__(
-        self, target: str, timeout_s: float = 30.0, connect_timeout_s: float = 3.0, tls: TlsFiles | None = None
+        self, target: str, timeout_s: float = 30.0, connect_timeout_s: float = 3.0, tls: ClientTls | None = None
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s

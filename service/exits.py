@@ -56,15 +56,10 @@ class PartialError(ConvoyError):
     """Some of several images failed."""
 
 
-class InterruptedByUserError(ConvoyError):
-    """SIGTERM arrived and the work so far is saved."""
-
-
 _TABLE: tuple[tuple[type[ConvoyError], Exit], ...] = (
     (ServerUnreachableError, Exit.UNREACHABLE),
     (ServerRefusedError, Exit.REFUSED),
     (PartialError, Exit.PARTIAL),
-    (InterruptedByUserError, Exit.INTERRUPTED),
     (ConfigurationError, Exit.USAGE),
     (ArtifactError, Exit.BAD_INPUT),
     (DataError, Exit.BAD_INPUT),

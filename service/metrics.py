@@ -12,10 +12,10 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-# What a refused request met: the bounds, the forecast, CoDel, the end of the server, a model still loading, too many
-# calls that have not sent their message.
 ROLES = ("answer", "shadow")
 SHADOW_OUTCOMES = ("agree", "disagree", "failed", "skipped")
+# What a refused request met: the bounds, the forecast, CoDel, the end of the server, a model still loading, too many
+# calls that have not sent their message.
 SHED = ("images", "bytes", "deadline", "codel", "draining", "not_ready", "unsent")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 

@@ -139,7 +139,7 @@ class Repository:
             ConfigurationError: the source is empty, or a named model is missing.
             ConvoyError: a version cannot be served.
         """
-        everything = await self._present(everything=True)
+        everything = await self._present()
         if missing := sorted(set(self._names) - set(everything)):
             raise ConfigurationError(
                 f"the repository {self._source.location} has no model {', '.join(missing)}; it has "
@@ -172,7 +172,7 @@ class Repository:
         """
         self._touched.clear()
         try:
-            present = await self._present(everything=True)
+            present = await self._present()
         except ConfigurationError as error:
             self._metrics.repository_reachable.set(0)
             _log.warning("repository cannot be read", error=str(error))
@@ -267,7 +267,7 @@ class Repository:
         async with self._find(name).changing, self._loading:
             model = self._find(name)  # it may have been unloaded while this waited
             try:
-                present = (await self._present(everything=True)).get(name, [])
+                present = (await self._present()).get(name, [])
             except ConfigurationError:
                 # Traffic can be taken off a bad version while the source is down, if all it needs is in service.
                 present = sorted(model.served)
@@ -362,15 +362,12 @@ class Repository:
             self._metrics.model_known(name, lambda: model.queued_images, lambda: len(model.lacking))
         return self._models[name]
 
-    async def _present(self, *, everything: bool = False) -> dict[str, list[int]]:
-        present = await asyncio.to_thread(self._source.models)
-        if self._names and not everything:
-            present = {name: numbers for name, numbers in present.items() if name in self._names}
-        return present
+    async def _present(self) -> dict[str, list[int]]:
+        return await asyncio.to_thread(self._source.models)
 
     async def _numbers(self, name: str, number: int | None) -> list[int]:
         """The versions of a model in the source; NotFoundError if it has none, or not this one."""
-        present = (await self._present(everything=True)).get(name, [])
+        present = (await self._present()).get(name, [])
         if not present or (number is not None and number not in present):
             what = name if number is None else f"{name} version {number}"
             raise NotFoundError(f"the repository has no {what}: no {name}/{number or 1}/manifest.json is in it")

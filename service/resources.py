@@ -73,6 +73,9 @@ def cgroup_memory_left(cgroup: Path = _CGROUP) -> float:
     return math.inf
 
 
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
     """Name of the CPU and the instruction sets it has, as Linux spells them; empty where it cannot be read."""
     try:

@@ -31,7 +31,7 @@ from service.metrics import Metrics
 from service.preprocess import Limits
 from service.repository import Repository
 from service.rpc.admin import Admin
-from service.rpc.credentials import TlsFiles
+from service.rpc.credentials import ServerTls
 from service.rpc.listener import AdminListener, Listener, Options, host_port
 from service.rpc.servicer import ImageClassifier
 from service.selection import Selector
@@ -340,9 +340,9 @@ def _options(settings: Settings) -> Options:
     )
 
 
-def _tls(settings: Settings) -> TlsFiles | None:
+def _tls(settings: Settings) -> ServerTls | None:
     certificate, key = settings.tls_certificate, settings.tls_key
-    return TlsFiles(certificate, key, settings.tls_client_ca) if certificate and key else None
+    return ServerTls(certificate, key, settings.tls_client_ca) if certificate and key else None
 
 
 def _admin(settings: Settings, repository: Repository, metrics: Metrics) -> AdminListener | None:

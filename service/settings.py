@@ -1,8 +1,8 @@
 """Every setting of the service, declared once.
 
 Sources, strongest first: flags of `convoy serve`, environment (`CONVOY_<NAME>`), the settings file (YAML, named by
-`--config` or `CONVOY_CONFIG`), the defaults below. Unknown keys in the file are errors. Only `service.server` reads
-this class; everything else receives plain values.
+`--config` or `CONVOY_CONFIG`), the defaults below. Unknown keys in the file are errors. Only `service.server` and
+the commands that start one or plan for it read this class; everything else receives plain values.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from service.engine import OrtEngine
 from service.errors import PASSING, ArtifactError, ConvoyError
 from service.plan_cache import Row
 from service.preprocess import Pixels
-from service.providers import CPU, GPU_PROVIDERS
+from service.providers import GPU_PROVIDERS
 from service.sessions import Loaded
 
 # On a CPU the time is proportional to the images; a GPU is measured with the batches that it was bought for.
@@ -110,8 +110,7 @@ def images_per_second(engines: Sequence[OrtEngine], images: Pixels) -> float:
         return sum(len(images) / share.batch_s for share in shares)
     threads = min(plan.executors * plan.intra_op_threads, resources.cpu_count())
     # With one thread a batch is computed by its caller, whose own clock no other work in this process can advance.
-    own = plan.provider == CPU and plan.intra_op_threads == 1
-    cpu_s = sum(share.cpu_s for share in shares) if own else min(process_s, wall_s * threads)
+    cpu_s = sum(share.cpu_s for share in shares) if plan.computes_in_caller else min(process_s, wall_s * threads)
     return threads * sum(share.batches for share in shares) * len(images) / max(cpu_s, 1e-9)
 
 
@@ -136,9 +135,7 @@ def _canary_difference(version: ModelVersion, one: OrtEngine, images: Pixels) ->
         ArtifactError: it is too large.
     """
     one.infer([np.zeros_like(images[:1])])
-    step = one.buckets[-1]
-    found = [one.infer([images[i : i + step]]).probabilities for i in range(0, len(images), step)]
-    return canary.compare(version, np.concatenate(found), one)
+    return canary.compare(version, canary.probabilities(one, images), one)
 
 
 class _Share(NamedTuple):

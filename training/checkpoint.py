@@ -11,6 +11,7 @@ import torch
 from service.errors import DataError, TrainingError
 from training.folders import make_room
 from training.models.weights_file import check_sums
+from training.wording import first_line
 
 FORMAT = 1
 
@@ -46,7 +47,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
-    return str(error).partition("\n")[0]
+    return first_line(error)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -61,9 +62,7 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; there is no run to go on with") from None
     except Exception as error:  # on damaged bytes both readers raise nearly everything
-        raise DataError(
-            f"{path} is no readable checkpoint: {str(error).partition(chr(10))[0] or 'it ends early'}"
-        ) from error
+        raise DataError(f"{path} is no readable checkpoint: {first_line(error)}") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise DataError(f"{path} is a checkpoint of format {found!r}, this program reads {FORMAT}")

@@ -14,12 +14,10 @@ from typing import Any
 import click
 
 from service.errors import ConfigurationError
+from service.exits import Exit
 from training.options import overrides_of, setting_options
 
 _EXTRA = ("torch", "onnx", "onnxscript", "sklearn", "safetensors", "matplotlib", "psutil")
-
-_INTERRUPTED = 75
-_CTRL_C = 130
 
 
 @click.command(short_help="Train a classifier on a folder of images and export it.")
@@ -121,7 +119,7 @@ def train(
             display.say(f"Stopped; the checkpoint is in {stopped.folder}. Go on with the same command and --resume")
         else:
             display.say("Stopped before the first checkpoint; start again with the same command")
-        context.exit(_CTRL_C if stopped.signal == signal.SIGINT else _INTERRUPTED)
+        context.exit(Exit.CTRL_C if stopped.signal == signal.SIGINT else Exit.INTERRUPTED)
     display.say(f"\nWrote {result.version}")
     display.say(f"Logs and checkpoints: {result.folder}; model card: {result.version / 'card.html'}")
     display.say("Next:")

@@ -13,11 +13,12 @@ from typing import Any
 import onnx
 
 from service.artifact import MODEL, Canary, Variant
+from service.providers import CPU
 from training import gates, package, report, speed
 from training import variants as formats
 from training.gates import Parity
 from training.graph import Servable, check_size, to_onnx
-from training.runtime import CPU, Session
+from training.runtime import Session
 from training.trained import Trained
 from training.variants import Baseline, Outcome
 

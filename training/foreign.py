@@ -15,6 +15,7 @@ from onnx import TensorProto, version_converter
 from service.errors import ArtifactError, ConfigurationError, TrainingError
 from training.conventions import Layout
 from training.graph import OPSET, check_size
+from training.wording import first_line
 
 # What protocol buffers refuse to count, let alone to write.
 _TOO_LARGE_BYTES = 1 << 31
@@ -56,7 +57,7 @@ def read(path: Path) -> onnx.ModelProto:
     except TrainingError:
         raise
     except Exception as error:  # by the file's suffix onnx takes one of four parsers, each with errors of its own
-        raise ArtifactError(f"{path} is not an ONNX model that can be read: {_first_line(error)}") from error
+        raise ArtifactError(f"{path} is not an ONNX model that can be read: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
         raise ArtifactError(f"{path} is not an ONNX model: it holds no graph")
     check_size(_size_bytes(model))
@@ -66,7 +67,7 @@ def read(path: Path) -> onnx.ModelProto:
             model = version_converter.convert_version(model, OPSET)
         onnx.checker.check_model(model)
     except Exception as error:  # the converter raises what its C++ throws
-        raise ArtifactError(f"{path} is not a valid model (operator set {opset}): {_first_line(error)}") from error
+        raise ArtifactError(f"{path} is not a valid model (operator set {opset}): {first_line(error)}") from error
     return model
 
 
@@ -166,7 +167,3 @@ def _size(spatial: Sequence[int | None], wanted: tuple[int, int] | None) -> tupl
 
 def _shown(shape: Sequence[int | None]) -> str:
     return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.errors import TrainingError
+from service.runners import Outputs
 from training.graph import Servable
 from training.rows import Images
-from training.runtime import MOST_AT_ONCE, Outputs, Session, at_once
+from training.runtime import MOST_AT_ONCE, Session, at_once
 
 _SMALL_BATCHES = (1, 2, 7)
 BATCHES = (*_SMALL_BATCHES, MOST_AT_ONCE)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME, InputSpec
 from service.errors import TrainingError
+from training.wording import first_line
 
 OPSET = 18
 # Protocol buffers, and with them an ONNX file without external data, end here.
@@ -203,4 +204,4 @@ def _cause(error: BaseException) -> str:
     """The first line of the innermost error: torch wraps it in pages of advice about its own internals."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)

@@ -18,12 +18,14 @@ from PIL import Image
 from service import artifact
 from service.artifact import MODEL, InputSpec, Variant
 from service.errors import ArtifactError, ConfigurationError
+from service.providers import CPU
+from service.runners import Outputs
 from training import adapt, calibrate, conventions, foreign, gates, package, report, speed
 from training.conventions import Normalisation, Request, Scores
 from training.foreign import ImageInput
 from training.graph import check_size
 from training.labels import read_labels
-from training.runtime import CPU, ForeignSession, Outputs, Session
+from training.runtime import ForeignSession, Session
 
 _ORIGINAL = gates.Original(
     "the original model",

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Literal
 
 import torch
+
+from service import resources
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -30,11 +31,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself (AVX512-BF16, AMX, or a GPU from Ampere on)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
-    except OSError:
-        return False
-    return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16"))
+    _, flags = resources.cpu_model()
+    return bool(resources.BF16_FLAGS & flags)
 
 
 def fastest(

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from service.artifact import MODEL, Manifest
+from service.runners import Outputs
 from training import calibrate, charts, metrics, pictures
-from training.runtime import Outputs
 from training.trained import Trained
 from training.wording import figure, flattened, percent, reservations, short, size, wilson_interval
 

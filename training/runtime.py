@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
 from service.errors import ArtifactError, TrainingError
+from service.providers import CPU
+from service.runners import Outputs
 from training.rows import Images
-
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-TENSORRT = "TensorrtExecutionProvider"
+from training.wording import first_line
 
 _GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -27,13 +26,6 @@ MOST_AT_ONCE = 64
 _PIXELS_AT_ONCE = MOST_AT_ONCE * 384 * 384
 
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors arrive as exceptions, and need not be printed twice
-
-
-class Outputs(NamedTuple):
-    """Of N images: `logits` and `probabilities`, float32[N, K] each."""
-
-    logits: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
 
 
 class Signature(NamedTuple):
@@ -58,7 +50,7 @@ class Session:
         try:
             self._session = ort.InferenceSession(model, _options(), providers=[provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception
-            raise TrainingError(f"ONNX Runtime cannot load the exported model: {_first_line(error)}") from error
+            raise TrainingError(f"ONNX Runtime cannot load the exported model: {first_line(error)}") from error
         taken = self._session.get_providers()[0]
         if taken != provider:
             raise TrainingError(f"{provider} is not usable here: ONNX Runtime took {taken} instead")
@@ -80,9 +72,7 @@ class Session:
         try:
             found = self._session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: pixels})
         except Exception as error:  # see above
-            raise TrainingError(
-                f"the exported model fails on a batch of {len(pixels)}: {_first_line(error)}"
-            ) from error
+            raise TrainingError(f"the exported model fails on a batch of {len(pixels)}: {first_line(error)}") from error
         return Outputs(*found)
 
     def run_all(self, pixels: Images) -> Outputs:
@@ -108,7 +98,7 @@ class ForeignSession:
         try:
             self._session = ort.InferenceSession(model, _options(), providers=[CPU])
         except Exception as error:  # see above
-            raise ArtifactError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+            raise ArtifactError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
 
     def run(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
         """One batch.
@@ -120,7 +110,7 @@ class ForeignSession:
         try:
             (found,) = self._session.run([self._output], {name: x})
         except Exception as error:  # see above
-            raise ArtifactError(f"the model fails on an input of shape {x.shape}: {_first_line(error)}") from error
+            raise ArtifactError(f"the model fails on an input of shape {x.shape}: {first_line(error)}") from error
         if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiub":  # text, or a list of tensors or maps
             raise ArtifactError(f"output {self._output} is no tensor of numbers; choose the scores with --output")
         return np.asarray(found, np.float32)
@@ -142,7 +132,3 @@ def _options() -> ort.SessionOptions:
     # Threads that spin after a run take the cores from the next session, when two are compared in turns.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -24,6 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from service import locks
 from service.errors import ConfigurationError, TrainingError
+from training.wording import first_line
 
 Direction = Literal["maximize", "minimize"]
 
@@ -99,7 +100,7 @@ class SharedStudy:
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"{url} needs the driver {error.name}: pip install 'psycopg[binary]'") from error
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, OSError) as error:
-            raise ConfigurationError(f"the storage {url} cannot be used: {_first_line(error)}") from error
+            raise ConfigurationError(f"the storage {url} cannot be used: {_words(error)}") from error
 
     def agree(self, kind: Mapping[str, Any]) -> dict[str, Any]:
         """Stores what all trials have in common, or compares it with what is stored.
@@ -145,7 +146,7 @@ class SharedStudy:
             yield
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             raise TrainingError(
-                f"the storage {self._url} failed: {_first_line(error)}; the same command goes on with the study"
+                f"the storage {self._url} failed: {_words(error)}; the same command goes on with the study"
             ) from error
 
     def remaining(self, budget: int) -> int:
@@ -225,7 +226,6 @@ def _differences(stored: Any, mine: Any, prefix: str = "") -> Iterator[str]:
         yield from _differences(stored.get(key), mine.get(key), f"{prefix}.{key}" if prefix else key)
 
 
-def _first_line(error: BaseException) -> str:
-    """The database's own words, without SQL."""
-    cause = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error
-    return str(cause).strip().partition("\n")[0]
+def _words(error: BaseException) -> str:
+    """The database's own, without SQL."""
+    return first_line(getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error)

@@ -31,6 +31,7 @@ from training.threads import limited_to, thread_count
 from training.transfer import plan
 from training.trial_view import TrialView
 from training.tune_config import Choices, Range, TuneConfig
+from training.wording import first_line
 
 # What a trial may fail with while the study goes on; PyTorch's running out of memory is a RuntimeError.
 _FAULTS = (TrainingError, ConfigurationError, RuntimeError, MemoryError, FloatingPointError)
@@ -100,7 +101,7 @@ class Worker:
             cut_short.append(trial.number)
             raise
         except _FAULTS as error:
-            trial.set_user_attr("error", str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE])
+            trial.set_user_attr("error", first_line(error)[:_LONGEST_MESSAGE])
             raise
 
     def _prepare_sampler(self) -> None:

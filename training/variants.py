@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from service.artifact import RejectedVariant, Variant
 from service.errors import ConfigurationError, TrainingError
+from service.providers import CPU, CUDA, TENSORRT
+from service.runners import Outputs
 from training import metrics, speed
 from training.config import ExportConfig, VariantName
 from training.gates import BATCHES, sample
 from training.quantize import Int8, Int8Form, cpu_form, needs_reduced_range, tensorrt_form, to_fp16
 from training.rows import Images
-from training.runtime import CPU, CUDA, TENSORRT, Outputs, Session, usable
+from training.runtime import Session, usable
 
 NAMES: tuple[VariantName, ...] = get_args(VariantName)
 # TensorRT's own file only on request: without a GPU its speed cannot be measured.

@@ -79,3 +79,8 @@ def size(size_bytes: int) -> str:
         amount /= 1024
         units.pop(0)
     return f"{amount:.0f} {units[0]}" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind: libraries put pages of advice on their own internals behind it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

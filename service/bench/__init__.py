@@ -18,7 +18,7 @@ from service.exits import Exit
 if TYPE_CHECKING:
     from service.bench.load import Level, Plan
     from service.bench.summary import Summary
-    from service.client import TlsFiles
+    from service.client import ClientTls
 
 _DEFAULT_CONCURRENCY = (1.0, 4.0, 16.0)
 _MOST_PIXELS = 64_000_000  # what a server takes by default
@@ -187,7 +187,7 @@ def _shown(flags: dict[str, Any]) -> dict[str, Any]:
 
 async def _measure(
     target: str,
-    tls: TlsFiles | None,
+    tls: ClientTls | None,
     requests: Sequence[bytes],
     levels: Sequence[Level],
     plan: Plan,

@@ -22,7 +22,7 @@ import grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from grpc import aio
 
-from service.client import TlsFiles
+from service.client import ClientTls
 from service.exits import ServerRefusedError
 from service.reach import unreachable
 
@@ -103,7 +103,7 @@ async def sender(
     deadline_s: float,
     connections: int = 1,
     connect_timeout_s: float = _CONNECT_TIMEOUT_S,
-    tls: TlsFiles | None = None,
+    tls: ClientTls | None = None,
 ) -> AsyncIterator[Send]:
     """Connects, tries one request, and gives a function that sends the next one with an intended time.
 
@@ -134,7 +134,7 @@ async def sender(
         yield send
 
 
-def _channel(target: str, options: Sequence[tuple[str, int]], tls: TlsFiles | None) -> aio.Channel:
+def _channel(target: str, options: Sequence[tuple[str, int]], tls: ClientTls | None) -> aio.Channel:
     if tls is None:
         return aio.insecure_channel(target, options)
     return aio.secure_channel(target, tls.credentials(), options)
@@ -232,7 +232,7 @@ async def _watch(lags: list[float]) -> None:
         lags.append(time.monotonic() - began_s - _LAG_INTERVAL_S)
 
 
-async def _connect(channel: aio.Channel, target: str, timeout_s: float, tls: TlsFiles | None) -> None:
+async def _connect(channel: aio.Channel, target: str, timeout_s: float, tls: ClientTls | None) -> None:
     try:
         await asyncio.wait_for(channel.channel_ready(), timeout_s)
     except TimeoutError:

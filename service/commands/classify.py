@@ -18,7 +18,7 @@ from service.files import IMAGES, OTHER_PICTURES, visible_below
 if TYPE_CHECKING:
     from convoy.v1 import image_classifier_pb2 as pb
 
-    from service.client import Client, TlsFiles
+    from service.client import Client, ClientTls
     from service.exits import ServerRefusedError
 
 _REQUEST_BYTES = 8 << 20
@@ -46,7 +46,7 @@ def classify(
     top_k: int,
     min_score: float,
     timeout_s: float,
-    tls: TlsFiles | None,
+    tls: ClientTls | None,
     as_json: bool,
 ) -> None:
     """Classify images with a running server.

@@ -10,7 +10,7 @@ import click
 from service.commands import options
 
 if TYPE_CHECKING:
-    from service.client import TlsFiles
+    from service.client import ClientTls
 
 
 @click.command()
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @options.timeout
 @options.tls
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each version.")
-def models(server: str, timeout_s: float, tls: TlsFiles | None, as_json: bool) -> None:
+def models(server: str, timeout_s: float, tls: ClientTls | None, as_json: bool) -> None:
     """List what a running server serves.
 
     \b

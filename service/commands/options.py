@@ -45,13 +45,13 @@ def tls(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_tls(
         tls_ca: Path | None, tls_certificate: Path | None, tls_key: Path | None, *args: Any, **kwargs: Any
     ) -> Any:
-        from service.client import TlsFiles
+        from service.client import ClientTls
 
         if (tls_certificate is None) != (tls_key is None):
             raise ConfigurationError("--tls-certificate and --tls-key belong together; give both")
         if tls_ca is None and tls_certificate is not None:
             raise ConfigurationError("--tls-certificate needs --tls-ca, too")
-        files = None if tls_ca is None else TlsFiles(tls_ca, tls_certificate, tls_key)
+        files = None if tls_ca is None else ClientTls(tls_ca, tls_certificate, tls_key)
         return command(*args, tls=files, **kwargs)
 
     return with_tls

@@ -30,7 +30,7 @@ _Signature = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
-class TlsFiles:
+class ServerTls:
     """PEM files. `certificate`: chain, own certificate first. `client_ca`: who may sign clients; None asks for none."""
 
     certificate: Path
@@ -56,7 +56,7 @@ class Certificates:
     """
 
     def __init__(
-        self, files: TlsFiles, loaded: Callable[[float], None], clock: Callable[[], float] = time.monotonic
+        self, files: ServerTls, loaded: Callable[[float], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._files = files
         self._loaded = loaded
@@ -103,7 +103,7 @@ class Certificates:
         return grpc.ssl_server_certificate_configuration([(key, chain)], ca)
 
 
-def check(files: TlsFiles) -> float:
+def check(files: ServerTls) -> float:
     """Shakes hands with the certificate, in memory.
 
     Returns:
@@ -150,7 +150,7 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> float:
     return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 
 
-def _signature(files: TlsFiles) -> _Signature:
+def _signature(files: ServerTls) -> _Signature:
     try:
         return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in files.all))
     except OSError as error:

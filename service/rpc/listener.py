@@ -21,7 +21,7 @@ from service.errors import ConfigurationError
 from service.metrics import Metrics
 from service.rpc import acceptor
 from service.rpc.admin import Admin
-from service.rpc.credentials import Certificates, TlsFiles
+from service.rpc.credentials import Certificates, ServerTls
 from service.rpc.health import Health
 from service.rpc.inbox import Inbox
 from service.rpc.interceptor import Around
@@ -69,7 +69,7 @@ class Options:
     max_message_bytes: int
     max_connection_age_s: float
     grace_s: float
-    tls: TlsFiles | None = None
+    tls: ServerTls | None = None
     message_timeout_s: float = 30.0
     max_unsent_calls: int = 2048
     max_connections: int = 4096

@@ -17,7 +17,6 @@ from service.exits import Exit
         (exits.ServerUnreachableError("x"), Exit.UNREACHABLE),
         (exits.ServerRefusedError("INTERNAL", "x"), Exit.REFUSED),
         (exits.PartialError("x"), Exit.PARTIAL),
-        (exits.InterruptedByUserError("x"), Exit.INTERRUPTED),
         (errors.ConvoyError("x"), Exit.UNEXPECTED),
     ],
     ids=lambda value: type(value).__name__,

@@ -9,7 +9,7 @@ import pytest
 import trustme
 from ports import free_port
 
-from service.client import Client, TlsFiles
+from service.client import Client, ClientTls
 from service.exits import ServerUnreachableError
 from service.reach import unreachable
 
@@ -42,10 +42,10 @@ def files(folder, authority, client=None):
     """What a client is given: whom it trusts, and its own pair."""
     authority.cert_pem.write_to_path(folder / "ca.crt")
     if client is None:
-        return TlsFiles(folder / "ca.crt")
+        return ClientTls(folder / "ca.crt")
     client.cert_chain_pems[0].write_to_path(folder / "tls.crt")
     client.private_key_pem.write_to_path(folder / "tls.key")
-    return TlsFiles(folder / "ca.crt", folder / "tls.crt", folder / "tls.key")
+    return ClientTls(folder / "ca.crt", folder / "tls.crt", folder / "tls.key")
 
 
 def told(port, tls=None):

@@ -6,9 +6,10 @@ from torch import nn
 
 from service.artifact import InputSpec
 from service.errors import TrainingError
+from service.runners import Outputs
 from training import gates
 from training.graph import Servable, to_onnx
-from training.runtime import Outputs, Session
+from training.runtime import Session
 
 SPEC = InputSpec(height=6, width=6, channels=1)
 MEAN, STD = (0.4,), (0.3,)

@@ -7,8 +7,8 @@ import pytest
 
 from service import publication
 from service.artifact import Canary, FileEntry, Manifest, RejectedVariant, Variant
+from service.runners import Outputs
 from training import calibrate, report
-from training.runtime import Outputs
 
 VOID = {"meta", "img", "br", "link", "input"}
 

@@ -205,16 +205,6 @@ class Architecture:
         return self.config.name
 
     @property
-    def height(self) -> int:
-        """Default height in pixels."""
-        return self.input.height
-
-    @property
-    def width(self) -> int:
-        """Default width in pixels."""
-        return self.input.width
-
-    @property
     def channels(self) -> int:
         """Default channels."""
         return self.input.channels

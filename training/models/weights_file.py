@@ -23,6 +23,7 @@ from torch import Tensor
 
 from service.errors import TrainingError
 from training.models.registry import WEIGHTS_URL, published
+from training.wording import first_line
 
 _HASH = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
 # Where training scripts put the weights among other things, torchvision's reference scripts under the first.
@@ -99,7 +100,7 @@ def _parse(path: Path, stream: BinaryIO) -> Any:
             "where you trust it, save its state_dict() alone"
         ) from error
     except (RuntimeError, ValueError, EOFError, LookupError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise TrainingError(f"{path} is no readable checkpoint: {str(error).partition(chr(10))[0]}") from error
+        raise TrainingError(f"{path} is no readable checkpoint: {first_line(error)}") from error
 
 
 def check_sums(archive: Path | BinaryIO) -> None:

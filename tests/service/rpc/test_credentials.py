@@ -11,7 +11,7 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from service.errors import ConfigurationError
-from service.rpc.credentials import Certificates, TlsFiles, check
+from service.rpc.credentials import Certificates, ServerTls, check
 
 DAY = dt.timedelta(days=1)
 
@@ -23,7 +23,7 @@ def authority():
 
 def write(folder, certificate):
     """Puts a certificate where the server looks, each file atomically, as Kubernetes does."""
-    files = TlsFiles(folder / "tls.crt", folder / "tls.key")
+    files = ServerTls(folder / "tls.crt", folder / "tls.key")
     pem = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
     for path, content in ((files.certificate, pem), (files.key, certificate.private_key_pem.bytes())):
         fresh = path.with_suffix(".new")
@@ -87,7 +87,7 @@ async def test_serves_those_who_trust_the_authority(serve, files, authority):
 
 async def test_strangers_are_refused_where_clients_have_to_prove_who_they_are(serve, files, authority, tmp_path):
     authority.cert_pem.write_to_path(tmp_path / "ca.crt")
-    mutual = TlsFiles(files.certificate, files.key, tmp_path / "ca.crt")
+    mutual = ServerTls(files.certificate, files.key, tmp_path / "ca.crt")
     address = await serve(Certificates(mutual, lambda _: None))
     assert await ask(address, trusting(authority, authority.issue_cert("client")))
     for client in (None, trustme.CA().issue_cert("stranger")):
@@ -175,7 +175,7 @@ def test_an_expired_certificate_does_not_start(tmp_path, authority):
 def test_a_client_authority_that_is_no_certificate_does_not_start(files, tmp_path):
     (tmp_path / "ca.crt").write_text("nobody")
     with pytest.raises(ConfigurationError, match=r"ca\.crt does not serve"):
-        Certificates(TlsFiles(files.certificate, files.key, tmp_path / "ca.crt"), lambda _: None)
+        Certificates(ServerTls(files.certificate, files.key, tmp_path / "ca.crt"), lambda _: None)
 
 
 def test_files_changed_in_place_are_noticed(files, authority):
