@@ -231,7 +231,7 @@ def publish(entry: Architecture, images: Path, repository: Path, row: Row) -> Ex
     version = export_version(trained, repository, variants=(), batches=BATCHES)
     row.gate = gate_difference(version)
     servable = Servable(trained.model, trained.mean, trained.std, trained.temperature)
-    wanted = gates.reference(servable, trained.mean, trained.std, trained.holdout, CLASSES).probabilities
+    wanted = gates.reference(servable, trained.mean, trained.std, trained.holdout[:], CLASSES).probabilities
     row.spread = float(np.ptp(wanted, axis=0).max())
     row.require(row.spread >= MIN_SPREAD, "it answers the same whatever the image")
     return Expected(version, trained.holdout_paths, wanted)
