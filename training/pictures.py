@@ -20,7 +20,7 @@ _MAX_MAPS = 16
 _COLUMNS = 8
 _MAP_PX = 56
 _GAP_PX = 1
-MOST_CELLS = 1000  # of the confusion matrix to a side: more do not fit a page
+MOST_CELLS = 320  # of the confusion matrix to a side: of more, a page 640 pixels wide would drop some, or be too fine
 # Anchors of the viridis colour map (Smith and van der Walt, 2015): even steps in brightness, safe for the colour-blind.
 _VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float64)
 _RIGHT_COLOUR, _WRONG_COLOUR = (38, 110, 214), (214, 62, 44)

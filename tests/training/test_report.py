@@ -1,9 +1,13 @@
+import base64
 import copy
 import dataclasses
+import io
+import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from service import publication
 from service.artifact import Canary, FileEntry, Manifest, RejectedVariant, Variant
@@ -195,7 +199,18 @@ def test_a_thousand_classes_stay_readable_and_small(digits_trained):
     assert "The 15 weakest classes" in page
     assert "All 1000 classes" in page
     assert "Confusion matrix of 1000 classes" in html
+    assert "Each cell stands for 4 neighbouring classes: blue is right or taken for one of the same cell" in page
     assert len(html) < 1_000_000
+
+
+@pytest.mark.parametrize(("classes", "cells"), [(320, 320), (321, 161), (1000, 250)])
+def test_a_page_shows_each_cell_of_the_confusion_matrix(digits_trained, classes, cells):
+    """It is drawn up to 640 pixels wide without blending, so of more cells than pixels some would be left out."""
+    trained = with_classes(digits_trained, [f"class {i}" for i in range(classes)])
+    html = report.render_card(manifest_of(trained), trained, answers(trained), evaluated(trained))
+    found = re.search('class="pixels matrix" src="data:image/png;base64,([^"]*)"', html)
+    assert Image.open(io.BytesIO(base64.b64decode(found[1]))).size == (cells, cells)
+    assert ("neighbouring classes" in html) == (cells < classes)
 
 
 def test_an_imported_model_gets_a_card_without_judgement(digits_trained):
