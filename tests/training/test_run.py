@@ -538,3 +538,28 @@ def test_the_temperature_is_of_the_validation_part_and_the_test_part_judges(digi
     np.testing.assert_array_equal(trained.calibration, data.calibration(20))
     assert len({data.dataset.listing.paths.index(str(p.relative_to(digit_folder))) for p in trained.canary}) == 8
     assert len({p.parent.name for p in trained.canary}) == 8  # of different classes
+
+
+@pytest.mark.parametrize(("test", "judgements"), [(0.2, 2), (0.0, 1)])
+def test_each_held_out_part_is_judged_once_and_stays_where_it_is(digit_folder, tmp_path, monkeypatch, test, judgements):
+    """A set that is mapped because it does not fit memory has held-out images that may not fit either."""
+    parts, trained, evaluated, export = [], [], training.run.evaluate, training.run.export_version
+
+    def evaluate(model, examples, *arguments, **options):
+        parts.append(examples)
+        return evaluated(model, examples, *arguments, **options)
+
+    def export_version(finished, *arguments, **options):
+        trained.append(finished)
+        return export(finished, *arguments, **options)
+
+    monkeypatch.setattr(training.run, "evaluate", evaluate)
+    monkeypatch.setattr(training.run, "export_version", export_version)
+    settings = Experiment.model_validate({
+        "name": "digits", "input": {"size": 16}, "data": {"validation": 0.2, "test": test, "cache": "disk"},
+        "loop": {"epochs": 1, "threads": 1}, "export": {"variants": ()}})  # fmt: skip
+    run(settings, digit_folder, tmp_path / "models", tmp_path / "runs", Display(Console(file=io.StringIO())))
+    (finished,) = trained
+    assert len(parts) == judgements
+    assert isinstance(finished.holdout.images, np.memmap)
+    assert finished.holdout.images is parts[0].images
