@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from service import resources
 from training import precision
 from training.precision import autocast, fastest, has_bfloat16
 
@@ -34,10 +35,15 @@ def test_bfloat16_has_to_be_worth_it():
 
 @pytest.mark.parametrize(
     ("flags", "has"),
-    [("flags : fpu avx512f avx512_vnni", False), ("flags : fpu avx512_bf16 avx", True), ("flags : x amx_bf16", True)],
+    [
+        ({"fpu", "avx512f", "avx512_vnni"}, False),
+        ({"fpu", "avx512_bf16", "avx"}, True),
+        ({"amx_bf16"}, True),
+        ((), False),
+    ],
 )
 def test_the_cpu_says_whether_it_has_bfloat16(monkeypatch, flags, has):
-    monkeypatch.setattr(precision.Path, "read_text", lambda *_, **__: flags)
+    monkeypatch.setattr(resources, "cpu_model", lambda: ("a CPU", frozenset(flags)))
     assert precision.has_bfloat16(torch.device("cpu")) is has
 
 
