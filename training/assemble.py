@@ -23,6 +23,7 @@ from training.prepared import Prepared
 from training.seeds import Purpose, derive
 from training.shards import ShardSource
 from training.step import Stepper, class_weights
+from training.threads import thread_count
 from training.transfer import start_from
 
 _ADAPTATION_IMAGES = 512
@@ -119,6 +120,12 @@ def build_source(experiment: Experiment, data: Prepared, group: Group) -> Source
         return ShardSource(data.shards, data.batch_spec, loop.batch_size, loop.seed, group=group, **options)
     weights = balancing_weights(train.part_labels) if loop.balance == "sampler" else None
     return MemorySource(train, loop.batch_size, loop.seed, group=group, weights=weights)
+
+
+def threads_for(experiment: Experiment, stepper: Stepper, data: Prepared) -> int:
+    """Threads of a step: as many as were asked for, or as suit the model and its batches."""
+    loop = experiment.loop
+    return loop.threads or thread_count(stepper.model, data.batch_spec.shape, loop.batch_size)
 
 
 def choose_precision(experiment: Experiment, stepper: Stepper, source: Source) -> Precision:

@@ -16,7 +16,7 @@ from service import artifact
 from service.artifact import Weights
 from service.errors import ConfigurationError
 from training import checkpoint
-from training.assemble import build_source, build_stepper, build_trainer, check_model, choose_precision
+from training.assemble import build_source, build_stepper, build_trainer, check_model, choose_precision, threads_for
 from training.batches import Examples
 from training.calibrate import Calibration, calibration, fit_temperature
 from training.config import Experiment
@@ -40,8 +40,7 @@ from training.prepare import parts_given, prepare
 from training.prepared import Part, Prepared
 from training.rows import Rows
 from training.schedule import proven_warmup
-from training.step import Stepper
-from training.threads import limited_to, thread_count
+from training.threads import limited_to
 from training.trained import Trained
 from training.transfer import plan, provenance, stage_table
 from training.wording import reservations
@@ -127,7 +126,7 @@ def run(
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
         display.caution(*idle(experiment, stepper.model, data))
-        threads = _threads(experiment, stepper, data)
+        threads = threads_for(experiment, stepper, data)
         mine = alone(folder) if group.main else nullcontext()
         with mine, limited_to(threads), kept_memory(), repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
@@ -202,7 +201,7 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     with writing(folder):
         data.write_reports(folder)
     stepper, _ = build_stepper(experiment, entry, data, group)
-    with limited_to(_threads(experiment, stepper, data)), kept_memory():
+    with limited_to(threads_for(experiment, stepper, data)), kept_memory():
         images = build_source(experiment, data, group)
         stepper.precision = choose_precision(experiment, stepper, images)
         found = sweep(stepper, images, plan(experiment, entry)[-1])
@@ -336,11 +335,6 @@ def _introduce(display: Display, experiment: Experiment, source: Path, data: Pre
 def _listed(names: Sequence[str], most: int = 5) -> str:
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more classes" if more > 0 else "")
-
-
-def _threads(experiment: Experiment, stepper: Stepper, data: Prepared) -> int:
-    asked, batch_size = experiment.loop.threads, experiment.loop.batch_size
-    return asked or thread_count(stepper.model, data.batch_spec.shape, batch_size)
 
 
 def _one_per_class(examples: Examples, most: int) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from service.errors import ConfigurationError, TrainingError
-from training.assemble import build_stepper, build_trainer
+from training.assemble import build_stepper, build_trainer, threads_for
 from training.config import Experiment
 from training.distributed import Group
 from training.loop import StoppedError, Trainer
@@ -27,7 +27,7 @@ from training.run import repeatable
 from training.search_space import is_whole, own_values, settled
 from training.seeds import Purpose, derive
 from training.study import SharedStudy, effective
-from training.threads import limited_to, thread_count
+from training.threads import limited_to
 from training.transfer import plan
 from training.trial_view import TrialView
 from training.tune_config import Choices, Range, TuneConfig
@@ -123,12 +123,9 @@ class Worker:
         data, entry = self._data_of(experiment), describe(experiment.model.name)
         phases = plan(experiment, entry)
         stepper, _ = build_stepper(experiment, entry, data, Group())
-        threads = experiment.loop.threads or thread_count(
-            stepper.model, data.batch_spec.shape, experiment.loop.batch_size
-        )
         with (
             tempfile.TemporaryDirectory(dir=self._folder, prefix=f"trial-{trial.number}-") as folder,
-            limited_to(threads),
+            limited_to(threads_for(experiment, stepper, data)),
             kept_memory(),
             repeatable(experiment.loop.deterministic),
         ):

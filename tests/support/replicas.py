@@ -1,13 +1,10 @@
 """Runs containers of rendered manifests as processes, on free ports of 127.0.0.1, and puts load on them."""
 
 import asyncio
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections import Counter
@@ -15,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import toys
 import yaml
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
@@ -52,7 +50,7 @@ def container_command(container, paths, fields=None):
     return [mapped(part, paths) for part in filled]
 
 
-class Replica:
+class Replica(toys.Followed):
     """The service's container of a rendered Deployment, as a process.
 
     Args:
@@ -66,9 +64,6 @@ class Replica:
 
     def __init__(self, rendered, repository, folder, port=0, http_port=0, secrets=None, environment=None):
         self.container = rendered.container()
-        self.lines = []
-        self._ready = threading.Event()
-        self._report = None
         paths = {"/models": repository, "/etc/convoy-tls": secrets or folder / "secrets"}
         for inside in ("/etc/convoy", "/var/cache/convoy", "/tmp"):
             paths[inside] = folder / inside.lstrip("/")
@@ -77,16 +72,8 @@ class Replica:
         settings |= {"host": "127.0.0.1", "port": port, "http_port": http_port}
         settings = {name: mapped(v, paths) if isinstance(v, str) else v for name, v in settings.items()}
         (paths["/etc/convoy"] / "convoy.yaml").write_text(yaml.safe_dump(settings))
-        self._process = subprocess.Popen(
-            container_command(self.container, paths),
-            env=container_environment(self.container, paths) | (environment or {}),
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._follow, daemon=True)
-        self._reader.start()
+        declared = container_environment(self.container, paths) | (environment or {})
+        super().__init__(container_command(self.container, paths), env=declared, cwd=folder)
 
     def ready(self):
         """Waits for the end of the start; its addresses are known then."""
@@ -136,21 +123,6 @@ class Replica:
         code = self._process.wait(timeout_s)
         self._reader.join(timeout_s)
         return code, time.monotonic() - began
-
-    def kill(self):
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        self._reader.join(START_S)
-
-    def _follow(self):
-        with self._process.stderr as stream:
-            for line in stream:
-                self.lines.append(line)
-                if '"event": "ready"' in line:
-                    self._report = json.loads(line)
-                    self._ready.set()
-        self._ready.set()
 
 
 @contextmanager

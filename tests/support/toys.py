@@ -374,28 +374,44 @@ def cache(repository):
     return Path(repository) / ".cache"
 
 
-class Process:
-    """`convoy` in a process of its own, and what it writes to stderr, line by line."""
+class Followed:
+    """A process that serves, whose stderr is read line by line until it reports that it is ready, and on to its end."""
 
-    def __init__(self, *arguments, env=None):
+    def __init__(self, command, **options):
         self.lines = []
         self._ready = threading.Event()
-        self._report = {}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "service", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment(env),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._report = None
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, **pipes, **options)
         self._reader = threading.Thread(target=self._follow, daemon=True)
         self._reader.start()
+
+    def kill(self):
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._reader.join(TIMEOUT_S)
+
+    def _follow(self):
+        with self._process.stderr as stream:
+            for line in stream:
+                self.lines.append(line)
+                if '"event": "ready"' in line:
+                    self._report = json.loads(line)
+                    self._ready.set()
+        self._ready.set()
+
+
+class Process(Followed):
+    """`convoy` in a process of its own, and what it writes to stderr."""
+
+    def __init__(self, *arguments, env=None):
+        super().__init__([sys.executable, "-m", "service", *map(str, arguments)], cwd=ROOT, env=environment(env))
 
     def ready(self):
         """Waits for the log line `ready` and returns it; None if the process ended without one."""
         assert self._ready.wait(TIMEOUT_S), "neither ready nor ended: " + "".join(self.lines)
-        return self._report or None
+        return self._report
 
     @property
     def pid(self):
@@ -425,21 +441,6 @@ class Process:
     def events(self):
         """The log's JSON lines."""
         return [json.loads(line) for line in self.lines if line.startswith("{")]
-
-    def kill(self):
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        self._reader.join(TIMEOUT_S)
-
-    def _follow(self):
-        with self._process.stderr as stream:
-            for line in stream:
-                self.lines.append(line)
-                if '"event": "ready"' in line:
-                    self._report = json.loads(line)
-                    self._ready.set()
-        self._ready.set()
 
 
 def environment(changes=None):
