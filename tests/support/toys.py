@@ -304,6 +304,7 @@ async def toy_stand(
     max_images=256,
     max_pending=512,
     default_s=10.0,
+    longest_s=60.0,
     bounds=None,
     loading=None,
 ):
@@ -336,7 +337,7 @@ async def toy_stand(
     metrics.watch(metrics.pending_images, lambda: admission.images)
     decoder = decode_pool(2, metrics.stage("decode"))
     classifier = Classifier(decoder, admission, Limits(max_pixels=4_000_000), max_images, metrics)
-    servicer = ImageClassifier(repository, classifier, default_s, 60.0)
+    servicer = ImageClassifier(repository, classifier, default_s, longest_s)
     fixed = {"max_message_bytes": max_message_bytes, "max_connection_age_s": 0.0, "grace_s": 5.0}
     listener = Listener(Options("127.0.0.1", 0, **{**fixed, **(bounds or {})}), servicer, metrics)
     await listener.start()

@@ -99,6 +99,19 @@ async def test_an_internal_error_hides_its_text_and_logs_it_under_the_id(stand):
     assert line["request_id"] == "look-me-up"
 
 
+async def test_what_the_runtime_says_of_a_shortage_is_logged_and_not_told(stand):
+    """It may pass, so it is no internal error; but its cause stands nowhere else."""
+    stand.engines["grey"].fail_next(OutOfMemoryError("cannot allocate 3 GiB at 0x7f00"))
+    with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await stand.stub.Classify(request())
+        await settle(stand)
+
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "0x7f00" not in caught.value.details()
+    assert [line["error"] for line in lines if "cannot allocate" in line.get("error", "")] != []
+
+
 async def test_a_failure_is_logged_with_its_code_and_duration_and_a_success_is_not(stand):
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
         await stand.stub.Classify(request())

@@ -455,9 +455,7 @@ async def test_one_connection_carries_many_calls_at_once(stand):
 CROWD = """
 import asyncio, sys
 import toys
-from google.rpc.error_details_pb2 import ErrorInfo
 from grpc import aio
-from grpc_status import rpc_status
 from convoy.v1 import image_classifier_pb2 as pb, image_classifier_pb2_grpc as pb_grpc
 
 async def main(target, calls, size):
@@ -492,3 +490,38 @@ async def test_what_waits_takes_the_memory_that_is_counted(tmp_path):
             await client.wait()
 
     assert grown < 2 * calls * size
+
+
+async def test_urgent_calls_go_first_and_background_work_last(stand):
+    engine = stand.engines["grey"]
+    engine.pause()
+    calls = [stand.stub.Classify(request(50))]
+    await engine.began()
+    for level, priority in ((1, pb.PRIORITY_LOW), (2, pb.PRIORITY_NORMAL), (3, pb.PRIORITY_HIGH)):
+        calls.append(stand.stub.Classify(request(level, priority=priority)))
+        await toys.eventually(lambda: stand.admission.images == len(calls))
+    await toys.eventually(lambda: stand.repository.get("grey").batcher.queued_images == 3)
+    engine.resume()
+    for call in calls:
+        await call
+
+    assert [level for batch in engine.batches for level in batch] == [50, 3, 2, 1]
+
+
+async def test_no_call_is_worked_on_for_longer_than_the_server_allows(tmp_path):
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine()}, longest_s=0.2) as stand:
+        stand.engines["grey"].pause()
+        error = await refused(stand.stub.Classify(request(0), timeout=60))
+
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_answers_may_be_larger_than_four_mebibytes(tmp_path):
+    """gRPC's usual bound on messages is for those that come in; who asks for so much has to raise his own."""
+    engines = {"grey": toys.ToyEngine(classes=1000)}
+    unbounded = [("grpc.max_receive_message_length", -1)]
+    async with toys.toy_stand(tmp_path, engines) as stand, aio.insecure_channel(stand.target, unbounded) as channel:
+        reply = await pb_grpc.ImageClassifierStub(channel).Classify(request(*[7] * 256, top_k=1000, return_logits=True))
+
+    assert reply.ByteSize() > 4 << 20
+    assert {len(result.classification.classes) for result in reply.results} == {1000}

@@ -1,5 +1,7 @@
 """The table from domain errors to gRPC statuses."""
 
+import urllib.parse
+
 import grpc
 import pytest
 
@@ -52,3 +54,12 @@ def test_faults_of_the_server_keep_their_text_to_themselves(error):
 )
 def test_only_what_may_be_tried_again_says_when(error, expected):
     assert status.retry_pushback(error) == expected
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "日", "😀"])
+def test_a_long_text_fits_into_the_trailers_in_any_script(letter):
+    text = status.shortened(letter * 10_000)
+
+    assert text.startswith(letter)
+    assert len(urllib.parse.quote(text)) < 6000  # as gRPC writes it
+    assert status.shortened(letter * 100) == letter * 100

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import time
 from contextlib import ExitStack
 
 import grpc
@@ -129,6 +130,42 @@ async def test_a_message_that_never_becomes_whole_ends_its_call(strict):
     assert await answers(strict)
 
 
+async def test_each_silent_call_has_its_own_time(strict):
+    calls = []
+    for _ in range(3):
+        calls.append(strict.silent_call())
+        await asyncio.sleep(0.2)
+    codes = [(await ended(call))[0] for call in calls]
+
+    assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED] * 3
+
+
+async def test_one_connection_has_a_bounded_number_of_calls_and_room_again_when_one_is_reset(tmp_path):
+    bounds = {"max_calls_per_connection": 2, "message_timeout_s": 60.0}
+    request = pb.ClassifyRequest(images=[toys.grey_png(1)]).SerializeToString()
+    ends = (raw_http2.DATA, raw_http2.RST_STREAM)
+
+    def in_turn(port):
+        with raw_http2.connected(port) as connection:
+            connection.wait_for(raw_http2.SETTINGS)
+            # Before the settings are acknowledged the server counts in another way.
+            connection.send(raw_http2.frame(raw_http2.SETTINGS, flags=1), *map(raw_http2.call, (1, 3, 5)))
+            refused = connection.wait_for(*ends)
+            connection.send(raw_http2.reset(1))
+            for stream in range(7, 107, 2):  # the first ones may still meet the call that is being cleared up
+                connection.send(raw_http2.call(stream), raw_http2.message(stream, request))
+                if (got := connection.wait_for(*ends))[0] == raw_http2.DATA:
+                    break
+                time.sleep(0.05)
+            return refused, got
+
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}, bounds=bounds) as stand:
+        refused, answered = await asyncio.to_thread(in_turn, stand.listener.port)
+
+    assert (refused[0], refused[2]) == (raw_http2.RST_STREAM, 5)
+    assert answered[0] == raw_http2.DATA
+
+
 async def test_reflection_and_watch_do_not_wait_for_ever_either(strict):
     for method in (
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
@@ -156,6 +193,7 @@ async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_an
     assert await answers(stand_of_ten)
     ends = [asyncio.create_task(ended(call)) for call in calls]
     codes = [(await end)[0] for end in itertools.islice(asyncio.as_completed(ends), 21)]
+    assert not any(call.done() for call in calls[-5:])  # of the oldest it is about which arrived first
     for end in ends:
         end.cancel()
     assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
