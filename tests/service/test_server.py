@@ -27,12 +27,17 @@ from PIL import Image
 from ports import free_port
 
 from service import server as server_module
+from service import serving
 from service.artifact import InputSpec, Resize
-from service.errors import ArtifactError, ConfigurationError
+from service.engine import OrtEngine
+from service.errors import ArtifactError, ConfigurationError, DeviceLostError
+from service.repository import Repository
 from service.rpc.listener import Listener
+from service.rpc.servicer import ImageClassifier
 
 
-def http_get(port, path):
+def http_get(port, path, after_s=0.0):
+    time.sleep(after_s)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
             return response.status, response.read().decode()
@@ -41,8 +46,8 @@ def http_get(port, path):
             return error.code, error.read().decode()
 
 
-async def get(port, path):
-    return await asyncio.to_thread(http_get, port, path)
+async def get(port, path, after_s=0.0):
+    return await asyncio.to_thread(http_get, port, path, after_s)
 
 
 def grey_request(*levels) -> Message:
@@ -457,3 +462,69 @@ def test_a_termination_under_load_loses_nothing_that_was_accepted(tmp_path):
     assert stopped["cancelled_images"] == 0
     assert len(answered) >= 6
     assert all(json.loads(line) for line in log.splitlines() if line.startswith("{"))
+
+
+async def test_settings_reach_their_places_in_seconds(tmp_path, monkeypatch):
+    seen, load = {}, serving.load
+
+    def noting(name, kind):
+        class Noting(kind):
+            def __init__(self, *arguments, **named):
+                seen[name] = (arguments, named)
+                super().__init__(*arguments, **named)
+
+        monkeypatch.setattr(server_module, name, Noting)
+
+    def loading(*arguments, **named):
+        seen["load"] = named
+        return load(*arguments, **named)
+
+    noting("ImageClassifier", ImageClassifier)
+    noting("Repository", Repository)
+    noting("Listener", Listener)
+    monkeypatch.setattr(serving, "load", loading)
+    toys.write_version(tmp_path)
+    settings = {"default_deadline_ms": 1500, "max_deadline_ms": 4000, "batch_window_ms": 3, "codel_target_ms": 7}
+    async with toys.real_server(tmp_path, **settings, max_pending_images=300):
+        pass
+
+    assert seen["ImageClassifier"][0][2:] == (1.5, 4.0)
+    assert seen["Repository"][1]["release_timeout_s"] == 4.0
+    assert (seen["load"]["window_s"], seen["load"]["codel_target_s"]) == (0.003, 0.007)
+    assert seen["Listener"][0][0].max_unsent_calls == 300
+
+
+async def test_a_lost_device_ends_liveness_and_readiness_for_good(tmp_path, monkeypatch):
+    """Nothing else restarts a server whose GPU is gone."""
+    toys.write_version(tmp_path)
+    async with (
+        toys.real_server(tmp_path) as server,
+        aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub, health = pb_grpc.ImageClassifierStub(channel), health_pb2_grpc.HealthStub(channel)
+
+        def lost(*_):
+            raise DeviceLostError("an illegal memory access")
+
+        monkeypatch.setattr(OrtEngine, "infer", lost)
+        with pytest.raises(aio.AioRpcError):
+            await stub.Classify(pb.ClassifyRequest(images=[toys.grey_png(9)]))
+        for path in ("/health/live", "/health/ready"):
+            assert (await get(server.http_port, path))[0] == 503
+        for name in ("liveness", "readiness"):
+            state = (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
+            assert state == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_loop_that_is_stuck_is_not_alive(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "_STUCK_S", 0.3)
+    monkeypatch.setattr(server_module, "_BEAT_S", 0.05)
+    toys.write_version(tmp_path)
+    async with toys.real_server(tmp_path) as server:
+        asking = asyncio.create_task(get(server.http_port, "/health/live", after_s=0.8))
+        await asyncio.sleep(0.1)  # until its thread has begun
+        time.sleep(1.5)  # noqa: ASYNC251  # this is what is tested
+        status, text = await asking
+        later, _ = await get(server.http_port, "/health/live")
+
+    assert (status, "stuck" in text, later) == (503, True, 200)

@@ -60,6 +60,27 @@ def test_what_is_offered_is_of_the_time_of_sending_and_not_of_waiting_for_the_la
     assert not found.warnings
 
 
+def test_a_latency_begins_when_the_request_was_meant_to_be_sent():
+    """However late it was sent, because others had held up the sender: to leave that out is coordinated omission."""
+    found = summarise(measurement([sample(10, 400, late_ms=390), sample(10, 600, late_ms=590)]))
+
+    assert found.max_ms == pytest.approx(600)
+    assert found.percentiles_ms["p50"] == pytest.approx(400)
+    assert found.goodput == pytest.approx(0.5)  # the other one came after its deadline of half a second
+
+
+def test_an_answer_counts_where_it_ended():
+    found = summarise(measurement([sample(9.0, 1500), sample(11.9, 1500)]))
+
+    assert found.throughput == pytest.approx(1 / 2)  # ended at 10.5, and at 13.4
+
+
+def test_the_median_of_failures_is_that_of_any_order():
+    found = summarise(measurement([sample(10, ms, "UNAVAILABLE") for ms in (9, 1, 5, 7, 3)]))
+
+    assert found.failures["UNAVAILABLE"].p50_ms == pytest.approx(5)
+
+
 def test_goodput_leaves_out_late_and_failed_requests():
     samples = [sample(10, 400), sample(10, 600), sample(10, 3, "UNAVAILABLE"), sample(10, 5, "UNAVAILABLE")]
     samples.append(sample(10, 500, "DEADLINE_EXCEEDED"))

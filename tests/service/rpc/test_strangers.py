@@ -193,12 +193,21 @@ async def test_of_too_many_silent_calls_the_oldest_end_and_the_next_caller_is_an
     assert await answers(stand_of_ten)
     ends = [asyncio.create_task(ended(call)) for call in calls]
     codes = [(await end)[0] for end in itertools.islice(asyncio.as_completed(ends), 21)]
-    assert not any(call.done() for call in calls[-5:])  # of the oldest it is about which arrived first
     for end in ends:
         end.cancel()
     assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
     assert sum(call.done() for call in calls) == 21  # of 31 calls ten could wait; the last of them brought its message
     assert stand_of_ten.value("convoy_shed_total", reason="unsent") == 21
+
+
+async def test_one_silent_call_too_many_ends_the_one_that_has_waited_longest(tmp_path):
+    bounds = {"message_timeout_s": 60.0, "max_unsent_calls": 3}
+    async with toys.toy_stand(tmp_path, {"grey": toys.ToyEngine(classes=256)}, bounds=bounds) as stand:
+        calls = []
+        for _ in range(3):
+            calls += await silent_calls(stand, 1)
+        assert (await ended(calls[0]))[0] is grpc.StatusCode.UNAVAILABLE  # when the last caller came
+        assert not any(call.done() for call in calls[1:])
 
 
 async def test_silent_calls_do_not_hold_up_the_stop(stand):
