@@ -267,3 +267,33 @@ def test_the_number_of_blocks_visited_is_bounded(data):
     with pytest.raises(InvalidImageError) as caught:
         read_header(data)
     assert caught.value.reason is ImageFault.CORRUPT
+
+
+def test_a_gif_frame_that_begins_below_the_edge_of_the_screen_counts_from_there():
+    data = bytearray(encoded("GIF", (8, 6)))
+    frame = data.index(b"\x2c")
+    data[frame + 1 : frame + 9] = struct.pack("<4H", 3, 10, 8, 6)
+
+    assert read_header(bytes(data))[:3] == ("GIF", 11, 16)
+
+
+def test_the_scale_beside_the_size_of_a_lossy_webp_is_no_part_of_it():
+    data = bytearray(encoded("WEBP", (300, 17), quality=80))
+    place = data.index(b"\x9d\x01\x2a") + 3
+    width, height = struct.unpack_from("<HH", data, place)
+    struct.pack_into("<HH", data, place, width | 1 << 14, height | 2 << 14)
+
+    assert read_header(bytes(data))[:3] == ("WEBP", 300, 17)
+
+
+def test_markers_without_a_length_before_the_frame_are_passed_over():
+    data = encoded("JPEG")
+
+    assert read_header(data[:2] + b"\xff\xd0\xff\xd7\xff\x01" + data[2:]) == read_header(data)
+
+
+def test_as_much_exif_as_is_allowed_is_read():
+    data = encoded("JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + 6) + b"Exif\0\0"
+
+    assert read_header(data[:2] + segment * MAX_EXIF_SEGMENTS + data[2:]).format == "JPEG"

@@ -11,6 +11,7 @@ import pytest
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from quadrants import COLOURS, GOLDEN, GRAY_QUADRANTS, IMAGENET, QUADRANTS, encode, packed, quadrants, raw_png
 
 from service.artifact import InputSpec, Resize
@@ -261,3 +262,22 @@ def test_a_small_file_that_claims_a_large_picture_is_refused_at_once():
     with pytest.raises(InvalidImageError, match="cannot hold so many pixels") as caught:
         preprocess(lying, InputSpec(height=4, width=4, channels=1, resize=Resize(mode="stretch")))
     assert caught.value.reason is ImageFault.CORRUPT
+
+
+@pytest.mark.parametrize("size", [(5, 41), (41, 5)])
+def test_neither_side_may_be_longer_than_the_limit(size):
+    image = encode(Image.new("L", size), "PNG")
+
+    assert refusal(image, Limits(max_side=40)).reason is ImageFault.TOO_LARGE
+    assert preprocess(image, QUADRANTS, Limits(max_side=41)).shape == QUADRANTS.shape
+
+
+def test_an_image_for_which_memory_is_short_is_too_large(monkeypatch):
+    def short(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("service.decode_pillow.decode", short)
+    fault = refusal(encode(Image.new("L", (30, 20)), "PNG"))
+
+    assert fault.reason is ImageFault.TOO_LARGE
+    assert "30x20 pixels needs more memory than there is" in str(fault)
