@@ -99,14 +99,14 @@ def train(
         return
     folder = _begun(runs / experiment.name, needed=resume, wanted=resume_if_any)
     done = published(folder, repository) if folder and resume_if_any else None
+    display = console_of_process()
     if folder and done and not has_changed(folder, experiment, data):
-        click.echo(f"{folder} is published as {done}, with these settings and images; nothing is to be done")
+        display.say(f"{folder} is published as {done}, with these settings and images; nothing is to be done")
         return
     folder = None if done else folder
     if folder:
         experiment = settings_of(folder, file, overrides)
     check_transfer(experiment, overrides)
-    display = console_of_process()
     if folder and (newer := newest_run(runs / experiment.name)) != folder:
         display.say(f"{newer} has no checkpoint; going on with {folder}")
     if find_lr:

@@ -171,10 +171,13 @@ def published(folder: Path, repository: Path) -> Path | None:
 
 def has_changed(folder: Path, experiment: Experiment, source: Path) -> bool:
     """Whether the run was started with other settings, or images or their folders are newer than its version."""
-    since = (folder / _PUBLISHED).stat().st_mtime
     if load_experiment(folder / SETTINGS, {}) != experiment:
         return True
-    return any(place.lstat().st_mtime > since for place in (source, *source.rglob("*")))
+    try:
+        since = (folder / _PUBLISHED).stat().st_mtime
+        return any(place.lstat().st_mtime > since for place in (source, *source.rglob("*")))
+    except OSError:  # the images are gone, or going: whoever reads them tells what is wrong
+        return True
 
 
 @contextmanager

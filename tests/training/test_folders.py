@@ -90,6 +90,7 @@ def test_images_and_settings_that_have_changed_are_noticed(tmp_path):
     note_published(folder, tmp_path)
     assert not has_changed(folder, Experiment(), images)
     assert has_changed(folder, Experiment.model_validate({"loop": {"epochs": 7}}), images)
+    assert has_changed(folder, Experiment(), tmp_path / "gone")
     (images / "a" / "1.png").unlink()
     os.utime(images / "a", (2**33, 2**33))
     assert has_changed(folder, Experiment(), images)

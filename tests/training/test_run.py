@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 
 import training.run
@@ -20,6 +21,7 @@ from service import artifact
 from service.errors import ConfigurationError, DataError, TrainingError
 from training import checkpoint
 from training.calibrate import calibration, fit_temperature
+from training.cli import train
 from training.config import Experiment
 from training.display import Display
 from training.distributed import Group
@@ -563,3 +565,19 @@ def test_each_held_out_part_is_judged_once_and_stays_where_it_is(digit_folder, t
     assert len(parts) == judgements
     assert isinstance(finished.holdout.images, np.memmap)
     assert finished.holdout.images is parts[0].images
+
+
+def test_a_job_that_is_run_again_does_nothing_until_something_changes(digit_folder, tmp_path):
+    folders = ["--repository", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+    options = ["--name", "digits", "--image-size", "16", "--set", "export.variants=[]", "--resume-if-any", *folders]
+
+    def job(epochs):
+        arguments = [str(digit_folder), *options, "--epochs", str(epochs)]
+        return CliRunner().invoke(train, arguments, catch_exceptions=False).output
+
+    first, again, other = job(1), job(1), job(2)
+
+    assert "Wrote" in first
+    assert again.strip().endswith("with these settings and images; nothing is to be done")
+    assert f"Wrote {tmp_path / 'models' / 'digits' / '2'}" in other
+    assert artifact.versions(tmp_path / "models" / "digits") == [1, 2]
