@@ -25,6 +25,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from ports import free_port
+from variants import slowed, version_with
 
 from service import server as server_module
 from service import serving
@@ -528,3 +529,15 @@ async def test_a_loop_that_is_stuck_is_not_alive(tmp_path, monkeypatch):
         later, _ = await get(server.http_port, "/health/live")
 
     assert (status, "stuck" in text, later) == (503, True, 200)
+
+
+async def test_a_model_is_described_by_the_file_that_runs(tmp_path):
+    version = version_with(tmp_path, fp32=slowed, int8=lambda model: model)
+    async with (
+        toys.real_server(tmp_path) as server,
+        aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        told = await pb_grpc.ImageClassifierStub(channel).GetModel(pb.GetModelRequest())
+
+    assert [variant.name for variant in told.variants if variant.active] == ["int8"]
+    assert told.sha256 == version.manifest.files["model.int8.onnx"].sha256
