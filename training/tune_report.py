@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from training.axes import cut_off, log_axis, short_names
 from training.config import Experiment
+from training.study import effective
 from training.trial_view import brief, outcome, ranked, shown
 
 _MOST_ROWS = 200
@@ -68,7 +69,7 @@ def write_experiment(file: Path, experiment: Experiment, best: FrozenTrial, stud
 
 def write_page(file: Path, study: optuna.Study, objective: str, best: FrozenTrial) -> None:
     """Writes one HTML file that needs nothing else: history, importances, slices, parallel coordinates, all trials."""
-    trials = study.get_trials(deepcopy=False)
+    trials = effective(study.get_trials(deepcopy=False))
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     order = {trial.number: rank for rank, trial in enumerate(ranked(trials, objective))}
     short = short_names(keys)
