@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from typing import Any
 
 from rich.console import Console
 
 _COLUMNS_OF_A_PIPE = 200
+
+
+def printable(text: str) -> str:
+    """A name that somebody else has chosen, with escapes for what would move the cursor or change colours."""
+    return "".join(
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) == "Cc" else letter for letter in text
+    )
 
 
 def console(**options: Any) -> Console:

@@ -193,5 +193,7 @@ def class_table(scores: ClassScores, classes: Sequence[str]) -> Table:
         table.title = f"the {len(rows)} hardest of {len(classes)} classes"
     for k in rows:
         figures = (scores.precision[k], scores.recall[k], scores.f1[k])
-        table.add_row(Text(classes[k]), *(f"{figure:.3f}" for figure in figures), str(scores.support[k]))
+        table.add_row(
+            Text(terminal.printable(classes[k])), *(f"{figure:.3f}" for figure in figures), str(scores.support[k])
+        )
     return table

@@ -179,10 +179,12 @@ def _as_json(name: str, outcome: pb.ImageResult) -> str:
 
 
 def _as_text(name: str, outcome: pb.ImageResult) -> str:
+    from service.terminal import printable
+
     if outcome.WhichOneof("outcome") == "error":
         return f"{click.style(name, bold=True)}\n  {click.style('cannot be used: ' + outcome.error.message, fg='red')}"
     lines = [click.style(name, bold=True)]
     for found in outcome.classification.classes:
         bar = "█" * round(found.score * 20)
-        lines.append(f"  {found.score:7.2%}  {click.style(f'{bar:<20}', fg='cyan')}  {found.label}")
+        lines.append(f"  {found.score:7.2%}  {click.style(f'{bar:<20}', fg='cyan')}  {printable(found.label)}")
     return "\n".join(lines if len(lines) > 1 else [*lines, "  no class above the minimum score"])

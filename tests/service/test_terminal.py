@@ -50,3 +50,16 @@ def test_without_an_output_nothing_fails(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
 
     terminal.console().print("nobody reads this")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Käfer 日本 👩‍🔬", "Käfer 日本 👩‍🔬"),
+        ("red\x1b[31m", r"red\x1b[31m"),
+        ("two\nlines\ttab", r"two\nlines\ttab"),
+        ("c1 \x9b", r"c1 \x9b"),
+    ],
+)
+def test_names_of_others_do_nothing_to_the_terminal(name, shown):
+    assert terminal.printable(name) == shown
