@@ -12,7 +12,7 @@ import io
 import logging
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers import float16
 
+from service import resources
 from service.artifact import INPUT_NAME
 from service.errors import TrainingError
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
+_VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 # TensorRT's entropy calibration keeps every activation of a step in memory, and gains nothing from more images.
 _TENSORRT_IMAGES = 128
 _STEP_BYTES = 2_000_000
@@ -181,21 +183,18 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return _tidied(converted)
 
 
-def needs_reduced_range(machine: str | None = None, cpu_flags: str | None = None) -> bool:
+def needs_reduced_range(machine: str | None = None, cpu_flags: Collection[str] | None = None) -> bool:
     """Whether this CPU multiplies int8 without VNNI, so that 8-bit weights could overflow.
 
     Args:
         machine: architecture as `platform.machine` names it; None asks.
-        cpu_flags: the flags line of /proc/cpuinfo; None reads it. ARM has no such overflow.
+        cpu_flags: instruction sets as Linux spells them; None asks. Where they cannot be read, none are assumed.
     """
     if (machine or platform.machine()).lower() not in {"x86_64", "amd64", "i686", "i386"}:
-        return False
+        return False  # ARM has no such overflow
     if cpu_flags is None:
-        try:
-            cpu_flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-        except OSError:  # not Linux: be on the safe side
-            return True
-    return not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(cpu_flags.split())
+        _, cpu_flags = resources.cpu_model()
+    return _VNNI_FLAGS.isdisjoint(cpu_flags)
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # the base has no type information

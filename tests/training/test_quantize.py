@@ -5,6 +5,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from service import resources
 from service.artifact import InputSpec
 from service.errors import TrainingError
 from training.graph import Servable, to_onnx
@@ -156,14 +157,21 @@ def test_a_graph_without_layers_has_nothing_to_gain(pixels, tmp_path):
 @pytest.mark.parametrize(
     ("machine", "flags", "reduced"),
     [
-        ("x86_64", "fpu avx2 avx512f", True),
-        ("x86_64", "fpu avx2 avx512_vnni", False),
-        ("AMD64", "avx_vnni", False),
-        ("x86_64", "amx_int8", False),
-        ("x86_64", "not_avx_vnni_but_longer", True),
-        ("aarch64", "asimd", False),
-        ("arm64", "", False),
+        ("x86_64", {"fpu", "avx2", "avx512f"}, True),
+        ("x86_64", {"fpu", "avx2", "avx512_vnni"}, False),
+        ("AMD64", {"avx_vnni"}, False),
+        ("x86_64", {"amx_int8"}, False),
+        ("x86_64", {"not_avx_vnni_but_longer"}, True),
+        ("x86_64", (), True),
+        ("aarch64", {"asimd"}, False),
+        ("arm64", (), False),
     ],
 )
 def test_only_x86_without_vnni_needs_a_reduced_range(machine, flags, reduced):
     assert needs_reduced_range(machine, flags) is reduced
+
+
+@pytest.mark.parametrize(("flags", "reduced"), [({"avx512_vnni"}, False), (set(), True)])
+def test_without_being_told_it_is_the_cpu_that_says_whether_it_has_vnni(monkeypatch, flags, reduced):
+    monkeypatch.setattr(resources, "cpu_model", lambda: ("a CPU", frozenset(flags)))
+    assert needs_reduced_range("x86_64") is reduced
