@@ -20,7 +20,7 @@ from training.batches import Batch
 from training.config import Experiment
 from training.distributed import Group
 from training.mix import Mixed, Mixer
-from training.models import Classifier, Outputs
+from training.models import Classifier, TrainingOutputs
 from training.optimise import Average, build_optimiser
 from training.phases import Phase
 from training.pixels import Normaliser
@@ -161,7 +161,7 @@ class Stepper:
         images = batch.images.to(self.device, non_blocking=True)
         return self._normalise(self._augment(images, batch.uniform.to(self.device, non_blocking=True)))
 
-    def _loss(self, outputs: Tensor | Outputs, mixed: Mixed) -> Tensor:
+    def _loss(self, outputs: Tensor | TrainingOutputs, mixed: Mixed) -> Tensor:
         """Sum over the images, in float32, auxiliary heads included."""
         if isinstance(outputs, Tensor):
             return self._cross_entropy(outputs, mixed)
@@ -195,7 +195,7 @@ class Stepper:
             self.average.update(step)
 
 
-def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor | Outputs]:
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor | TrainingOutputs]:
     with warnings.catch_warnings():
         # PyTorch's compiler imports a module of its own that uses what PyTorch has deprecated.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.script_method", category=DeprecationWarning)

@@ -9,8 +9,8 @@ from training.models.architecture import (
     Classifier,
     Config,
     Option,
-    Outputs,
     PublishedWeights,
+    TrainingOutputs,
     within,
 )
 from training.models.registry import WEIGHTS_URL, create, describe, names, published
@@ -29,8 +29,8 @@ __all__ = [
     "Config",
     "LoadReport",
     "Option",
-    "Outputs",
     "PublishedWeights",
+    "TrainingOutputs",
     "WeightsFile",
     "WeightsMismatchError",
     "adapt_input_channels",

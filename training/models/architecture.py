@@ -25,7 +25,7 @@ _SMALL = 32  # pixels, of CIFAR and of padded MNIST
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
-class Outputs(NamedTuple):
+class TrainingOutputs(NamedTuple):
     """What a model with auxiliary heads returns in training mode.
 
     `logits`: float32[N, K]. `aux_logits`: one float32[N, K] per auxiliary head, in the order of the network. The loss

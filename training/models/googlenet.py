@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.artifact import InputSpec, Resize
-from training.models.architecture import Architecture, Classifier, Config, Outputs, PublishedWeights, option
+from training.models.architecture import Architecture, Classifier, Config, PublishedWeights, TrainingOutputs, option
 from training.models.layers import scaled
 
 
@@ -134,10 +134,10 @@ class GoogLeNet(Classifier):
         pair2, pair3 = (wide(branch2[0]), wide(branch2[1])), (wide(branch3[0]), wide(branch3[1]))
         return Inception(before, wide(one), pair2, pair3, wide(pool))
 
-    def forward(self, x: Tensor) -> Tensor | Outputs:
+    def forward(self, x: Tensor) -> Tensor | TrainingOutputs:
         """float32[N, C, H, W] to logits float32[N, K]; the shapes are those of 224x224 at width 1.
 
-        In training mode with auxiliary heads it returns `Outputs`.
+        In training mode with auxiliary heads it returns `TrainingOutputs`.
         """
         self.check_batch(x)  # [N, 3, 224, 224]
         x = self._stem_pool(self.conv1(x))  # [N, 64, 56, 56]
@@ -156,7 +156,7 @@ class GoogLeNet(Classifier):
         x = x.mean((2, 3))  # [N, 1024]
         if self.training and self.aux1 is not None and self.aux2 is not None:
             aux_logits = (self.aux1(inner1), self.aux2(inner2))  # twice [N, K]
-            return Outputs(self.fc(self.dropout(x)), aux_logits)  # thrice [N, K]
+            return TrainingOutputs(self.fc(self.dropout(x)), aux_logits)  # thrice [N, K]
         logits: Tensor = self.fc(self.dropout(x))  # [N, K]
         return logits
 

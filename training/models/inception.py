@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.artifact import InputSpec, Resize
-from training.models.architecture import Architecture, Classifier, Config, Outputs, PublishedWeights, option
+from training.models.architecture import Architecture, Classifier, Config, PublishedWeights, TrainingOutputs, option
 from training.models.googlenet import ConvNorm
 from training.models.layers import scaled
 
@@ -225,10 +225,10 @@ class InceptionV3(Classifier):
                 std = 0.001 if name == "AuxLogits.fc" else 0.1
                 nn.init.trunc_normal_(module.weight, mean=0.0, std=std, a=-2, b=2)
 
-    def forward(self, x: Tensor) -> Tensor | Outputs:
+    def forward(self, x: Tensor) -> Tensor | TrainingOutputs:
         """float32[N, C, H, W] to logits float32[N, K]; the shapes are those of 299x299 at width 1.
 
-        In training mode with the auxiliary head it returns `Outputs`.
+        In training mode with the auxiliary head it returns `TrainingOutputs`.
         """
         self.check_batch(x)  # [N, 3, 299, 299]
         x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))  # [N, 32, 147, 147]
@@ -248,7 +248,7 @@ class InceptionV3(Classifier):
         x = self.Mixed_7c(x)  # [N, 2048, 8, 8]
         x = x.mean((2, 3))  # [N, 2048]
         if self.training and self.AuxLogits is not None:
-            return Outputs(self.fc(self.dropout(x)), (self.AuxLogits(inner),))  # twice [N, K]
+            return TrainingOutputs(self.fc(self.dropout(x)), (self.AuxLogits(inner),))  # twice [N, K]
         logits: Tensor = self.fc(self.dropout(x))  # [N, K]
         return logits
 

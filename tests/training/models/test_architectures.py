@@ -14,7 +14,7 @@ from torch.nn import functional
 from service.artifact import InputSpec
 from service.errors import ConfigurationError
 from training.graph import Servable, to_onnx
-from training.models import Outputs, create, describe, names, within
+from training.models import TrainingOutputs, create, describe, names, within
 
 # Parameters and the first digits of the SHA-256 over the sorted lines "name shape" of the state dict at 1000 classes,
 # from torchvision 0.29.
@@ -100,7 +100,7 @@ def count(model):
 
 
 def logits(answer):
-    return answer.logits if isinstance(answer, Outputs) else answer
+    return answer.logits if isinstance(answer, TrainingOutputs) else answer
 
 
 def wave(size):
@@ -125,7 +125,7 @@ def test_seeded_weights_give_the_logits_of_torchvision(name, options, size, trai
     torch.manual_seed(3)
     with torch.no_grad():
         answer = create(name, **options).train(training)(wave(size))
-    if isinstance(answer, Outputs):
+    if isinstance(answer, TrainingOutputs):
         for head, first in zip(answer.aux_logits, GOOGLENET_AUX, strict=True):
             assert head[0, :2].tolist() == pytest.approx(first, abs=2e-4, rel=1e-2)
     assert logits(answer)[0, : len(wanted)].tolist() == pytest.approx(wanted, abs=2e-4, rel=1e-2)
@@ -277,7 +277,7 @@ def test_auxiliary_heads_answer_in_training_only(name, weight, heads):
     model = create(name, 10, 3, aux=True, small_images=True, width=0.125)
     images = torch.randn(2, 3, 32, 32)
     answer = model(images)
-    assert isinstance(answer, Outputs)
+    assert isinstance(answer, TrainingOutputs)
     assert [tuple(head.shape) for head in (answer.logits, *answer.aux_logits)] == [(2, 10)] * (heads + 1)
     assert model.aux_weight == weight
     assert isinstance(model.eval()(images), torch.Tensor)
@@ -314,7 +314,7 @@ def test_a_few_steps_learn_a_tiny_batch(name, options, digits_at):
         answer = model(images)
         loss = functional.cross_entropy(logits(answer), labels)
         losses.append(loss.item())
-        for head in answer.aux_logits if isinstance(answer, Outputs) else ():
+        for head in answer.aux_logits if isinstance(answer, TrainingOutputs) else ():
             loss = loss + model.aux_weight * functional.cross_entropy(head, labels)
         optimiser.zero_grad()
         loss.backward()
