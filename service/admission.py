@@ -210,7 +210,7 @@ class Admission:
 
     def _check(self, flow: Hashable, held: _Flow, images: int, nbytes: int, left_s: float, priority: int) -> None:
         if self._draining:
-            raise DrainingError("the server is shutting down; try another replica", retry_after_ms=0)
+            raise DrainingError
         if left_s <= 0:
             raise ExpiredError("the deadline passed before the work began")
         factor = 0.5 if priority > 0 else 1.0

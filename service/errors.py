@@ -107,9 +107,14 @@ class OverloadedError(UnavailableError):
 
 
 class DrainingError(UnavailableError):
-    """The server is shutting down."""
+    """The server is shutting down; another replica may take the request at once."""
 
     reason = "draining"
+
+    def __init__(
+        self, message: str = "the server is shutting down; try another replica", retry_after_ms: int | None = 0
+    ) -> None:
+        super().__init__(message, retry_after_ms)
 
 
 class ModelNotReadyError(UnavailableError):

@@ -59,7 +59,7 @@ class Inbox:
         Called in the call's own task.
         """
         if self.closed:
-            return draining()
+            return DrainingError()
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None  # noqa: S101  # inside of a coroutine there is one
         if len(self._waiting) >= self._most:
@@ -100,7 +100,7 @@ class Inbox:
         for task in self._streams - self._waiting.keys():
             task.cancel()
         for task in list(self._waiting):
-            self._end(task, draining())
+            self._end(task, DrainingError())
 
     def _look(self) -> None:
         """Ends those that have waited too long, and comes back for the next."""
@@ -144,7 +144,7 @@ class Streamed:
             if task is None or not self._inbox.closed:
                 raise
             task.uncancel()
-            await context.abort(status.code_of(draining()), str(draining()))
+            await context.abort(status.code_of(DrainingError()), str(DrainingError()))
         except DecodeError:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "the request is damaged, or no message of this method"
@@ -165,8 +165,3 @@ class Streamed:
         while message is not aio.EOF and not isinstance(message, InvalidRequestError):
             yield self._parse(arrived(message))
             message = await context.read()  # when there is another is up to the client
-
-
-def draining() -> DrainingError:
-    """What calls get that are not taken any more."""
-    return DrainingError("the server is shutting down; try another replica", retry_after_ms=0)

@@ -15,11 +15,11 @@ from grpc_health.v1 import health
 from prometheus_client import Counter
 
 from service import logs
-from service.errors import ConvoyError, EngineError, UnavailableError
+from service.errors import ConvoyError, DrainingError, EngineError, UnavailableError
 from service.metrics import Metrics
 from service.rpc import status
 from service.rpc.failures import FailureLog
-from service.rpc.inbox import Inbox, Streamed, arrived, draining
+from service.rpc.inbox import Inbox, Streamed, arrived
 from service.rpc.wire import bounded
 
 REQUEST_ID = "x-request-id"
@@ -50,7 +50,7 @@ class Arrivals:
             DrainingError: none is taken any more.
         """
         if self._refusing:
-            raise draining()
+            raise DrainingError
 
     def refuse(self) -> None:
         """From now on no call is taken."""
