@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
+from service.svg import Scale, round_ticks
 from training.calibrate import Reliability
 
 _WIDTH, _HEIGHT = 360, 220
@@ -20,25 +21,18 @@ _MAX_POINTS = 400
 
 
 class _Frame:
-    """Maps data to the pixels of one chart, and draws its axes."""
+    """The scales of one chart, and its axes."""
 
     def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
-        self.x_range, self.y_range = x_range, y_range
-
-    def x(self, value: float) -> float:
-        low, high = self.x_range
-        return _LEFT + (value - low) / ((high - low) or 1) * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_range
-        return _HEIGHT - _BOTTOM - (value - low) / ((high - low) or 1) * (_HEIGHT - _TOP - _BOTTOM)
+        self.x = Scale(*x_range, _LEFT, _WIDTH - _RIGHT)
+        self.y = Scale(*y_range, _HEIGHT - _BOTTOM, _TOP)
 
     def axes(self, x_label: str, *, whole_x: bool) -> Iterator[Markup]:
-        for tick in ticks(*self.y_range):
+        for tick in round_ticks(self.y.low, self.y.high):
             y = self.y(tick)
             yield Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(_LEFT, y, _WIDTH - _RIGHT)
             yield Markup('<text x="{}" y="{:.1f}" text-anchor="end">{:g}</text>').format(_LEFT - 6, y + 3.5, tick)
-        for tick in ticks(*self.x_range):
+        for tick in round_ticks(self.x.low, self.x.high):
             if not whole_x or tick == int(tick):
                 place = (self.x(tick), _HEIGHT - _BOTTOM + 15)
                 yield Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>').format(*place, tick)
@@ -106,19 +100,6 @@ def sorted_counts(counts: Sequence[int]) -> Markup:
     closed = f"{line}L{frame.x(len(ordered)):.1f} {frame.y(0):.1f}L{frame.x(1):.1f} {frame.y(0):.1f}Z"
     parts.append(Markup('<path class="area" d="{}"/>').format(closed))
     return _svg(parts, f"images per class, from {ordered[0]} down to {ordered[-1]}")
-
-
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
-    span = high - low
-    if not span > 0 or not math.isfinite(span):
-        return [low]
-    raw = span / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def _path(frame: _Frame, values: Sequence[float]) -> str:

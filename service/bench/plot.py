@@ -14,6 +14,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from service.bench.summary import Summary, percentile
+from service.svg import Scale, round_ticks
 
 _WIDTH, _HEIGHT = 460, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 40, 48
@@ -34,31 +35,22 @@ class _Panel:
     """
 
     def __init__(self, left_px: float, x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
-        self._left = left_px + _LEFT
-        self._x_range = x_range
-        self._y_range = y_range
+        self.x = Scale(*x_range, left_px + _LEFT, left_px + _WIDTH - _RIGHT)
+        self.y = Scale(*y_range, _HEIGHT - _BOTTOM, _TOP)
         self.marks: list[str] = []
 
-    def x(self, value: float) -> float:
-        low, high = self._x_range
-        return self._left + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        low, high = self._y_range
-        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-
     def axes(self, title: str, x_label: str, x_ticks: dict[float, str], y_ticks: dict[float, str]) -> None:
-        right, bottom = self.x(self._x_range[1]), self.y(self._y_range[0])
-        centre = (self._left + right) / 2
+        left, right, bottom = self.x.start, self.x.end, self.y.start
+        centre = (left + right) / 2
         self.marks.append(_text(centre, 20, title, 'font-weight="bold"'))
         self.marks.append(_text(centre, _HEIGHT - 10, x_label))
         for value, label in y_ticks.items():
-            self.marks.append(_line(self._left, self.y(value), right, self.y(value), "#ddd"))
-            self.marks.append(_text(self._left - 6, self.y(value) + 4, label, 'text-anchor="end"'))
+            self.marks.append(_line(left, self.y(value), right, self.y(value), "#ddd"))
+            self.marks.append(_text(left - 6, self.y(value) + 4, label, 'text-anchor="end"'))
         for value, label in x_ticks.items():
             self.marks.append(_line(self.x(value), bottom, self.x(value), bottom + 4, "#444"))
             self.marks.append(_text(self.x(value), bottom + 18, label))
-        self.marks.append(_line(self._left, bottom, right, bottom, "#444"))
+        self.marks.append(_line(left, bottom, right, bottom, "#444"))
 
     def curve(self, points: Points, colour: str, *, dots: bool = False, dashed: bool = False) -> None:
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
@@ -72,8 +64,8 @@ class _Panel:
     def legend(self, entries: Sequence[tuple[str, str]]) -> None:
         for index, (label, colour) in enumerate(entries):
             y = _TOP + 14 + 15 * index
-            self.marks.append(_line(self._left + 8, y - 4, self._left + 24, y - 4, colour, 3))
-            self.marks.append(_text(self._left + 30, y, label, 'text-anchor="start"'))
+            self.marks.append(_line(self.x.start + 8, y - 4, self.x.start + 24, y - 4, colour, 3))
+            self.marks.append(_text(self.x.start + 30, y, label, 'text-anchor="start"'))
 
 
 def write_svg(file: Path, summaries: Sequence[Summary], title: str) -> None:
@@ -94,7 +86,7 @@ def _rates(summaries: Sequence[Summary]) -> _Panel:
     top = max([summary.throughput for summary in summaries] + [1e-9]) * 1.15
     panel = _Panel(0, (0, max(loads) * 1.05), (0, top))
     label = "requests in flight" if summaries[0].loop == "closed" else "requests/s offered"
-    panel.axes("answers per second", label, _ticks(max(loads)), _ticks(top))
+    panel.axes("answers per second", label, _labelled(max(loads)), _labelled(top))
     for read, colour, dashed in (
         (lambda s: s.throughput, _COLOURS[0], False),
         (lambda s: s.goodput, _COLOURS[1], True),
@@ -142,12 +134,9 @@ def _nines(percent: float) -> float:
     return -math.log10(1 - percent / 100)
 
 
-def _ticks(top: float) -> dict[float, str]:
-    """About five round values from 0."""
-    raw = top / 6
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-    return {index * step: f"{index * step:g}" for index in range(int(top / step) + 1)}
+def _labelled(top: float) -> dict[float, str]:
+    """Round values from 0."""
+    return {value: f"{value:g}" for value in round_ticks(0, top, about=6)}
 
 
 def _text(x: float, y: float, content: str, extra: str = "") -> str:

@@ -17,20 +17,6 @@ def points(svg, kind):
     return [tuple(map(float, pair.split())) for pair in path.get("d").replace("M", "L").strip("LZ").split("L")]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "wanted"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0.31, 2.4, [0.5, 1, 1.5, 2]),
-        (1, 40, [10, 20, 30, 40]),
-        (0, 0.0008, [0, 0.0002, 0.0004, 0.0006, 0.0008]),
-        (3, 3, [3]),
-    ],
-)
-def test_ticks_are_round_numbers_inside_the_range(low, high, wanted):
-    assert charts.ticks(low, high) == pytest.approx(wanted)
-
-
 def test_a_falling_loss_is_drawn_from_upper_left_to_lower_right():
     drawn = points(charts.curves({"train_loss": [3.0, 2.0, 1.0]}), "line")
 
