@@ -12,13 +12,12 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -134,17 +133,11 @@ def check_training(folder: Path) -> float:
     return time.monotonic() - began
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def check_service(folder: Path) -> float:
     """Serves the trained model from the image, and classifies from outside. Returns seconds from start to answer."""
+    sys.path.append(str(ROOT / "tests" / "support"))
     from convoy.v1 import image_classifier_pb2 as pb
+    from ports import free_port
 
     from service.client import Client
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from quadrants import COLOURS, GOLDEN, GRAY_QUADRANTS, IMAGENET, QUADRANTS, encode, quadrants
+from quadrants import COLOURS, GOLDEN, GRAY_QUADRANTS, IMAGENET, QUADRANTS, quadrants
+from toys import encoded
 
 from service.artifact import InputSpec, Resize
 from service.preprocess import FORMATS, preprocess
@@ -63,7 +64,7 @@ SPECS = {
 )
 def test_photos_come_out_as_the_textbook_has_them(photos, image_format, options, mean, largest, spec):
     for photo in photos:
-        data = encode(photo, image_format, **options)
+        data = encoded(photo, image_format, **options)
         difference = preprocess(data, spec).astype(int) - textbook(data, spec)
 
         assert np.abs(difference).mean() <= mean
@@ -78,7 +79,7 @@ def test_large_jpegs_decoded_at_a_scaled_size_stay_within_the_bound(photos, time
     for index, left in enumerate(range(0, width, 600)):
         for top in range(0, height, 400):
             tiles.paste(photos[(index + top) % 2].resize((600, 400)), (left, top))
-    data = encode(tiles, "JPEG", quality=90)
+    data = encoded(tiles, "JPEG", quality=90)
     spec = InputSpec(height=224, width=224)
 
     difference = preprocess(data, spec).astype(int) - textbook(data, spec)
@@ -88,7 +89,7 @@ def test_large_jpegs_decoded_at_a_scaled_size_stay_within_the_bound(photos, time
 
 
 def test_large_jpeg_for_a_large_input_comes_out_as_the_textbook_has_it(photos):
-    data = encode(photos[0].resize((2500, 1668)), "JPEG", quality=90)
+    data = encoded(photos[0].resize((2500, 1668)), "JPEG", quality=90)
     spec = InputSpec(height=900, width=1000, resize=Resize(shorter_side=1100))
 
     difference = preprocess(data, spec).astype(int) - textbook(data, spec)
@@ -107,11 +108,11 @@ def test_exif_orientation_is_applied_before_the_crop(photos, orientation, image_
     # Stored turned, so that turning it as EXIF says gives the upright one.
     stored = upright if method is None else upright.transpose(method)
     options = {"lossless": True} if image_format == "WEBP" else {"quality": 98, "subsampling": 0}
-    data = encode(stored, image_format, exif=exif, **options)
+    data = encoded(stored, image_format, exif=exif, **options)
 
     found = preprocess(data, SPECS[name]).astype(int)
 
-    expected = textbook(encode(upright, "PNG"), SPECS[name])
+    expected = textbook(encoded(upright, "PNG"), SPECS[name])
     # Turned after the resize, the two passes round in the other order.
     assert np.abs(found - expected).mean() < (1.5 if image_format == "JPEG" else 0.2)
 
@@ -120,7 +121,7 @@ def test_exif_orientation_is_applied_before_the_crop(photos, orientation, image_
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (1, 700), (700, 1), (2, 3)])
 @pytest.mark.parametrize("name", SPECS)
 def test_tiny_and_thin_images_work(image_format, size, name):
-    data = encode(Image.new("RGB", size, (200, 100, 50)), image_format)
+    data = encoded(Image.new("RGB", size, (200, 100, 50)), image_format)
 
     pixels = preprocess(data, SPECS[name])
 
@@ -134,7 +135,7 @@ def test_tiny_and_thin_images_work(image_format, size, name):
 
 
 def test_enlarging_interpolates():
-    data = encode(np.array([[0, 100], [200, 100]], np.uint8), "PNG")
+    data = encoded(np.array([[0, 100], [200, 100]], np.uint8), "PNG")
 
     pixels = preprocess(data, InputSpec(height=4, width=4, channels=1))[..., 0]
 
@@ -146,7 +147,7 @@ def test_enlarging_interpolates():
 def test_exact_size_passes_unchanged():
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
 
-    found = preprocess(encode(pixels, "PNG"), InputSpec(height=28, width=28, channels=1))
+    found = preprocess(encoded(pixels, "PNG"), InputSpec(height=28, width=28, channels=1))
 
     np.testing.assert_array_equal(found[..., 0], pixels)
 
@@ -155,7 +156,7 @@ def test_shrinking_is_antialiased():
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
 
-    found = preprocess(encode(stripes, "PNG"), InputSpec(height=8, width=8, channels=1))
+    found = preprocess(encoded(stripes, "PNG"), InputSpec(height=8, width=8, channels=1))
 
     np.testing.assert_allclose(found, 127.5, atol=6)
 
@@ -197,7 +198,7 @@ def test_unusable_out_is_a_programming_error(out):
 
 
 def test_threads_do_not_disturb_each_other(photos):
-    kinds = [data for data, _, _ in GOLDEN.values()] + [encode(photo, "JPEG") for photo in photos]
+    kinds = [data for data, _, _ in GOLDEN.values()] + [encoded(photo, "JPEG") for photo in photos]
     jobs = [(data, spec) for data in kinds for spec in (IMAGENET, GRAY_QUADRANTS)] * 3
     serial = [preprocess(*job) for job in jobs]
 
@@ -214,10 +215,10 @@ def test_exif_of_a_png_may_begin_as_that_of_a_jpeg(orientation):
     exif[0x0112] = orientation
     content = exif.tobytes()
     assert content.startswith(b"Exif\0\0")
-    plain = encode(quadrants(COLOURS), "PNG")
+    plain = encoded(quadrants(COLOURS), "PNG")
     chunk = struct.pack(">I", len(content)) + b"eXIf" + content
     chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
-    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(quadrants(COLOURS), "PNG", exif=exif))))
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(quadrants(COLOURS), "PNG", exif=exif))))
 
     found = preprocess(plain[:33] + chunk + plain[33:], QUADRANTS)
-    np.testing.assert_allclose(found, preprocess(encode(np.asarray(turned), "PNG"), QUADRANTS), atol=2)
+    np.testing.assert_allclose(found, preprocess(encoded(np.asarray(turned), "PNG"), QUADRANTS), atol=2)

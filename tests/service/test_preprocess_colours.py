@@ -5,7 +5,8 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image
-from quadrants import GOLDEN, GRAY_QUADRANTS, QUADRANTS, encode
+from quadrants import GOLDEN, GRAY_QUADRANTS, QUADRANTS
+from toys import encoded
 
 from service.artifact import InputSpec, Resize
 from service.preprocess import preprocess
@@ -46,7 +47,7 @@ def test_beside_a_gif_frame_that_is_smaller_than_the_canvas_nothing_is_drawn(opt
     colours = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
     image = Image.new("P", (32, 24), 1)
     image.putpalette([v for colour in colours for v in colour])
-    data = bytearray(encode(image, "GIF", optimize=False, **options))
+    data = bytearray(encoded(image, "GIF", optimize=False, **options))
     data[6:10] = struct.pack("<HH", 64, 48)
     data[11] = 2  # the background's colour, which nobody shows
 
@@ -60,11 +61,11 @@ def test_what_lies_under_transparent_pixels_does_not_matter():
     other = np.where(hidden, np.array([1, 2, 3, 0], np.uint8), pixels)
     spec = InputSpec(height=20, width=20)
 
-    first, second = (preprocess(encode(version, "PNG"), spec) for version in (pixels, other))
+    first, second = (preprocess(encoded(version, "PNG"), spec) for version in (pixels, other))
 
     np.testing.assert_array_equal(first, second)
     composited = np.where(hidden, 255, pixels)[..., :3].astype(np.uint8)
-    assert np.abs(first.astype(int) - preprocess(encode(composited, "PNG"), spec)).max() <= 2
+    assert np.abs(first.astype(int) - preprocess(encoded(composited, "PNG"), spec)).max() <= 2
 
 
 def bitmap(alpha):

@@ -12,7 +12,8 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from quadrants import COLOURS, GOLDEN, GRAY_QUADRANTS, IMAGENET, QUADRANTS, encode, packed, quadrants, raw_png
+from quadrants import COLOURS, GOLDEN, GRAY_QUADRANTS, IMAGENET, QUADRANTS, packed, quadrants, raw_png
+from toys import encoded
 
 from service.artifact import InputSpec, Resize
 from service.errors import ImageFault, InvalidImageError
@@ -36,7 +37,7 @@ def test_no_bytes():
 
 
 @pytest.mark.parametrize(
-    "data", [b"text named .jpg", encode(quadrants(COLOURS), "TIFF"), encode(quadrants(COLOURS), "PPM")]
+    "data", [b"text named .jpg", encoded(quadrants(COLOURS), "TIFF"), encoded(quadrants(COLOURS), "PPM")]
 )
 def test_other_formats_are_refused_though_pillow_knows_them(data):
     assert refusal(data).reason is ImageFault.UNSUPPORTED_FORMAT
@@ -66,7 +67,7 @@ def test_truncated_images_are_refused(name, kept):
 )
 def test_truncated_jpeg_with_an_end_marker_put_behind_it_is_refused(photos, mode, size):
     """Whoever decodes it: most would fill in what is missing."""
-    data = encode(photos[0].resize(size).convert(mode), "JPEG", quality=90)
+    data = encoded(photos[0].resize(size).convert(mode), "JPEG", quality=90)
     large = InputSpec(height=2000, width=2000, channels=3)
 
     preprocess(data, large)
@@ -76,7 +77,7 @@ def test_truncated_jpeg_with_an_end_marker_put_behind_it_is_refused(photos, mode
 
 
 def test_jpeg_with_bytes_after_its_end_is_fine(photos):
-    data = encode(photos[0], "JPEG", quality=90)
+    data = encoded(photos[0], "JPEG", quality=90)
 
     np.testing.assert_array_equal(preprocess(data + b"trailer" * 99, IMAGENET), preprocess(data, IMAGENET))
 
@@ -110,7 +111,7 @@ def with_stray_bytes_before_the_end(data):
     ],
 )
 def test_what_is_odd_in_a_jpeg_without_a_pixel_missing_is_harmless(photos, spoil, mode):
-    data = encode(photos[0].convert(mode), "JPEG", quality=90)
+    data = encoded(photos[0].convert(mode), "JPEG", quality=90)
     odd = spoil(data)
 
     assert odd != data
@@ -122,14 +123,14 @@ def test_what_is_odd_in_a_jpeg_without_a_pixel_missing_is_harmless(photos, spoil
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
 def test_stray_bytes_in_the_pixels_of_a_jpeg_are_damage(photos, mode):
     """Nothing tells them from a piece that was decoded too short."""
-    data = encode(photos[0].convert(mode), "JPEG", quality=90, restart_marker_blocks=100)
+    data = encoded(photos[0].convert(mode), "JPEG", quality=90, restart_marker_blocks=100)
     restart = data.index(b"\xff\xd0")
 
     assert refusal(data[:restart] + STRAY + data[restart:]).reason is ImageFault.CORRUPT
 
 
 def test_jpeg_of_unusual_sampling_is_decoded(photos):
-    data = bytearray(encode(photos[0].resize((160, 120)), "JPEG", subsampling=0))
+    data = bytearray(encoded(photos[0].resize((160, 120)), "JPEG", subsampling=0))
     frame = data.index(b"\xff\xc0")
     # Same number of blocks in all components, so any equal factors read the same file; turbojpeg knows only 1x1.
     data[frame + 11] = data[frame + 14] = data[frame + 17] = 0x11
@@ -266,7 +267,7 @@ def test_a_small_file_that_claims_a_large_picture_is_refused_at_once():
 
 @pytest.mark.parametrize("size", [(5, 41), (41, 5)])
 def test_neither_side_may_be_longer_than_the_limit(size):
-    image = encode(Image.new("L", size), "PNG")
+    image = encoded(Image.new("L", size), "PNG")
 
     assert refusal(image, Limits(max_side=40)).reason is ImageFault.TOO_LARGE
     assert preprocess(image, QUADRANTS, Limits(max_side=41)).shape == QUADRANTS.shape
@@ -277,7 +278,7 @@ def test_an_image_for_which_memory_is_short_is_too_large(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("service.decode_pillow.decode", short)
-    fault = refusal(encode(Image.new("L", (30, 20)), "PNG"))
+    fault = refusal(encoded(Image.new("L", (30, 20)), "PNG"))
 
     assert fault.reason is ImageFault.TOO_LARGE
     assert "30x20 pixels needs more memory than there is" in str(fault)

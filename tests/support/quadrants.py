@@ -1,11 +1,11 @@
 """Pictures of four quadrants of known colour, in every kind of encoding."""
 
-import io
 import struct
 import zlib
 
 import numpy as np
 from PIL import Image
+from toys import encoded
 
 from service.artifact import InputSpec, Resize
 
@@ -25,17 +25,11 @@ GRAY_QUADRANTS = QUADRANTS.model_copy(update={"channels": 1})
 IMAGENET = InputSpec(height=224, width=224, resize=Resize(shorter_side=256))
 
 
-def quadrants(values, size=(64, 48)):
-    """uint8[48, 64] or [48, 64, C] of four quadrants."""
+def quadrants(values, size=(64, 48), dtype=np.uint8):
+    """[48, 64] or [48, 64, C] of four quadrants."""
     width, height = size
-    pixels = np.array(values, np.uint8).reshape(2, 2, *np.shape(values)[1:])
+    pixels = np.array(values, dtype).reshape(2, 2, *np.shape(values)[1:])
     return pixels.repeat(height // 2, axis=0).repeat(width // 2, axis=1)
-
-
-def encode(image, image_format, **options):
-    stream = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, image_format, **options)
-    return stream.getvalue()
 
 
 def raw_png(samples, bit_depth, colour_type, chunks=()):
@@ -82,52 +76,47 @@ GRAY16 = (0, 65_535, 20_000, 40_255)
 
 
 def samples16(values):
-    return quadrants_of(values).astype(">u2")
-
-
-def quadrants_of(values):
-    pixels = np.array(values).reshape(2, 2, *np.shape(values)[1:])
-    return pixels.repeat(24, axis=0).repeat(32, axis=1)
+    return quadrants(values, dtype=">u2")
 
 
 def packed(values, bits):
     """uint8 rows of samples of 1, 2 or 4 bits."""
     per_byte = 8 // bits
-    grid = quadrants_of(values).reshape(48, 64 // per_byte, per_byte)
+    grid = quadrants(values).reshape(48, 64 // per_byte, per_byte)
     return (grid << (bits * np.arange(per_byte)[::-1])).sum(axis=2).astype(np.uint8)
 
 
 # Name: (encoded image, the four RGB colours that have to come out, tolerance).
 GOLDEN = {
-    "PNG RGB": (encode(quadrants(COLOURS), "PNG"), COLOURS, 0),
-    "PNG gray": (encode(quadrants(GRAYS), "PNG"), gray(GRAYS), 0),
-    "PNG 1 bit": (encode(Image.fromarray(quadrants((0, 255, 255, 0))).convert("1"), "PNG"), gray((0, 255, 255, 0)), 0),
+    "PNG RGB": (encoded(quadrants(COLOURS), "PNG"), COLOURS, 0),
+    "PNG gray": (encoded(quadrants(GRAYS), "PNG"), gray(GRAYS), 0),
+    "PNG 1 bit": (encoded(Image.fromarray(quadrants((0, 255, 255, 0))).convert("1"), "PNG"), gray((0, 255, 255, 0)), 0),
     "PNG gray 2 bits": (raw_png(packed((0, 1, 2, 3), 2), 2, 0), gray((0, 85, 170, 255)), 0),
     "PNG gray 4 bits": (raw_png(packed((0, 5, 10, 15), 4), 4, 0), gray((0, 85, 170, 255)), 0),
-    "PNG palette": (encode(paletted(COLOURS), "PNG"), COLOURS, 0),
+    "PNG palette": (encoded(paletted(COLOURS), "PNG"), COLOURS, 0),
     "PNG palette, one entry transparent": (
-        encode(paletted(COLOURS), "PNG", transparency=2),
+        encoded(paletted(COLOURS), "PNG", transparency=2),
         over_white(COLOURS, (255, 255, 0, 255)),
         0,
     ),
     "PNG palette, entries half transparent": (
-        encode(paletted(COLOURS), "PNG", transparency=bytes(ALPHAS)),
+        encoded(paletted(COLOURS), "PNG", transparency=bytes(ALPHAS)),
         over_white(COLOURS, ALPHAS),
         1,
     ),
-    "PNG RGBA": (encode(quadrants(with_alpha(COLOURS, ALPHAS)), "PNG"), over_white(COLOURS, ALPHAS), 1),
+    "PNG RGBA": (encoded(quadrants(with_alpha(COLOURS, ALPHAS)), "PNG"), over_white(COLOURS, ALPHAS), 1),
     "PNG gray with alpha": (
-        encode(Image.fromarray(quadrants(with_alpha(gray(GRAYS), ALPHAS))).convert("LA"), "PNG"),
+        encoded(Image.fromarray(quadrants(with_alpha(gray(GRAYS), ALPHAS))).convert("LA"), "PNG"),
         over_white(gray(GRAYS), ALPHAS),
         1,
     ),
     "PNG gray, one value transparent": (
-        encode(quadrants(GRAYS), "PNG", transparency=80),
+        encoded(quadrants(GRAYS), "PNG", transparency=80),
         gray((0, 255, 255, 170)),
         0,
     ),
     "PNG RGB, one colour transparent": (
-        encode(quadrants(COLOURS), "PNG", transparency=COLOURS[0]),
+        encoded(quadrants(COLOURS), "PNG", transparency=COLOURS[0]),
         [(255, 255, 255), *COLOURS[1:]],
         0,
     ),
@@ -169,33 +158,33 @@ GOLDEN = {
         1,
     ),
     "APNG": (
-        encode(quadrants(COLOURS), "PNG", save_all=True, append_images=[Image.new("RGB", (64, 48), "black")]),
+        encoded(quadrants(COLOURS), "PNG", save_all=True, append_images=[Image.new("RGB", (64, 48), "black")]),
         COLOURS,
         0,
     ),
-    "JPEG 4:2:0": (encode(quadrants(COLOURS), "JPEG", quality=95), COLOURS, 4),
-    "JPEG 4:4:4": (encode(quadrants(COLOURS), "JPEG", quality=95, subsampling=0), COLOURS, 4),
+    "JPEG 4:2:0": (encoded(quadrants(COLOURS), "JPEG", quality=95), COLOURS, 4),
+    "JPEG 4:4:4": (encoded(quadrants(COLOURS), "JPEG", quality=95, subsampling=0), COLOURS, 4),
     "JPEG 4:2:2, progressive": (
-        encode(quadrants(COLOURS), "JPEG", quality=95, subsampling=1, progressive=True),
+        encoded(quadrants(COLOURS), "JPEG", quality=95, subsampling=1, progressive=True),
         COLOURS,
         4,
     ),
-    "JPEG gray": (encode(quadrants(GRAYS), "JPEG", quality=95), gray(GRAYS), 2),
+    "JPEG gray": (encoded(quadrants(GRAYS), "JPEG", quality=95), gray(GRAYS), 2),
     "JPEG CMYK": (
-        encode(Image.fromarray(quadrants(COLOURS)).convert("CMYK"), "JPEG", quality=95, subsampling=0),
+        encoded(Image.fromarray(quadrants(COLOURS)).convert("CMYK"), "JPEG", quality=95, subsampling=0),
         COLOURS,
         6,
     ),
-    "JPEG stored as RGB": (encode(quadrants(COLOURS), "JPEG", quality=95, keep_rgb=True), COLOURS, 4),
-    "WebP": (encode(quadrants(COLOURS), "WEBP", quality=95), COLOURS, 8),
-    "WebP lossless": (encode(quadrants(COLOURS), "WEBP", lossless=True), COLOURS, 0),
+    "JPEG stored as RGB": (encoded(quadrants(COLOURS), "JPEG", quality=95, keep_rgb=True), COLOURS, 4),
+    "WebP": (encoded(quadrants(COLOURS), "WEBP", quality=95), COLOURS, 8),
+    "WebP lossless": (encoded(quadrants(COLOURS), "WEBP", lossless=True), COLOURS, 0),
     "WebP with alpha": (
-        encode(quadrants(with_alpha(COLOURS, ALPHAS)), "WEBP", lossless=True, exact=True),
+        encoded(quadrants(with_alpha(COLOURS, ALPHAS)), "WEBP", lossless=True, exact=True),
         over_white(COLOURS, ALPHAS),
         1,
     ),
     "WebP animated": (
-        encode(
+        encoded(
             quadrants(COLOURS),
             "WEBP",
             lossless=True,
@@ -205,19 +194,19 @@ GOLDEN = {
         COLOURS,
         0,
     ),
-    "BMP RGB": (encode(quadrants(COLOURS), "BMP"), COLOURS, 0),
-    "BMP gray": (encode(quadrants(GRAYS), "BMP"), gray(GRAYS), 0),
-    "BMP palette": (encode(paletted(COLOURS), "BMP"), COLOURS, 0),
-    "BMP 1 bit": (encode(Image.fromarray(quadrants((0, 255, 255, 0))).convert("1"), "BMP"), gray((0, 255, 255, 0)), 0),
-    "GIF": (encode(paletted(COLOURS), "GIF"), COLOURS, 0),
-    "GIF gray": (encode(quadrants(GRAYS), "GIF"), gray(GRAYS), 0),
+    "BMP RGB": (encoded(quadrants(COLOURS), "BMP"), COLOURS, 0),
+    "BMP gray": (encoded(quadrants(GRAYS), "BMP"), gray(GRAYS), 0),
+    "BMP palette": (encoded(paletted(COLOURS), "BMP"), COLOURS, 0),
+    "BMP 1 bit": (encoded(Image.fromarray(quadrants((0, 255, 255, 0))).convert("1"), "BMP"), gray((0, 255, 255, 0)), 0),
+    "GIF": (encoded(paletted(COLOURS), "GIF"), COLOURS, 0),
+    "GIF gray": (encoded(quadrants(GRAYS), "GIF"), gray(GRAYS), 0),
     "GIF transparent": (
-        encode(paletted(COLOURS), "GIF", transparency=1),
+        encoded(paletted(COLOURS), "GIF", transparency=1),
         over_white(COLOURS, (255, 0, 255, 255)),
         0,
     ),
     "GIF animated": (
-        encode(paletted(COLOURS), "GIF", save_all=True, append_images=[paletted(COLOURS[::-1])]),
+        encoded(paletted(COLOURS), "GIF", save_all=True, append_images=[paletted(COLOURS[::-1])]),
         COLOURS,
         0,
     ),

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 import pytest
 import toys
 
-from service import serving
 from service.metrics import Metrics
 from service.repository import Repository
 from service.sources import LocalSource
@@ -32,16 +31,7 @@ async def opened(root, before_load=lambda gently: None, *, source=None, **option
 
     def load(path, gently):
         before_load(gently)
-        return serving.load(
-            path,
-            build,
-            metrics.model,
-            window_s=0.0,
-            codel_target_s=0.0,
-            in_turn_s=0.0,
-            gently=gently,
-            on_device_lost=pytest.fail,
-        )
+        return toys.toy_load(path, build, metrics, gently, pytest.fail)
 
     repository = Repository(source or LocalSource(root), load, metrics, release_timeout_s=2.0, **options)
     repository.metrics, repository.registry, repository.engines = metrics, metrics.registry, engines

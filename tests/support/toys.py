@@ -68,9 +68,9 @@ def photo_jpeg(width=500, height=375, seed=0, quality=90):
 
 
 def encoded(image, image_format, **options):
-    """Bytes of a Pillow image."""
+    """Bytes of a Pillow image, or of pixels uint8[H, W] or [H, W, C]."""
     stream = io.BytesIO()
-    image.save(stream, image_format, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, image_format, **options)
     return stream.getvalue()
 
 
@@ -295,6 +295,12 @@ async def eventually(check):
             await asyncio.sleep(0.005)
 
 
+def toy_load(path, build, metrics, gently, on_device_lost):
+    """Loads a version on toy engines that neither wait for company, nor shed, nor run on the loop."""
+    plain = {"window_s": 0.0, "codel_target_s": 0.0, "in_turn_s": 0.0}
+    return serving.load(path, build, metrics.model, gently=gently, on_device_lost=on_device_lost, **plain)
+
+
 @asynccontextmanager
 async def toy_stand(
     root,
@@ -321,16 +327,7 @@ async def toy_stand(
     def load(path, gently):
         if loading:
             loading(path)
-        return serving.load(
-            path,
-            lambda version: [engines[version.manifest.name]],
-            metrics.model,
-            window_s=0.0,
-            codel_target_s=0.0,
-            in_turn_s=0.0,
-            gently=gently,
-            on_device_lost=lost.append,
-        )
+        return toy_load(path, lambda version: [engines[version.manifest.name]], metrics, gently, lost.append)
 
     repository = Repository(LocalSource(root), load, metrics, release_timeout_s=2.0)
     admission = Admission(max_pending, 1 << 28)
