@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service import publication
+from service.beside import left_beside
 from service.locks import is_locked, locked
 
 # A directory is locked within microseconds of being made; without a lock after so long, its maker has died.
@@ -49,7 +50,7 @@ def replace(target: Path, staging: Path) -> None:
 
 
 def _sweep(model: Path) -> None:
-    for leftover in model.glob(publication.STAGING):
+    for leftover in left_beside(model):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _ABANDONED_S and not is_locked(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)

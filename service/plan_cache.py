@@ -10,14 +10,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.artifact import ModelVersion
+from service.beside import file_beside
 from service.candidates import Machine, Wishes
 
 _SCHEMA = 2
@@ -108,17 +107,11 @@ class PlanCache:
 
     def write(self, name: str, table: Table) -> bool:
         """Keeps a table; says whether that worked. It appears whole or not at all."""
-        temporary = None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, suffix=".tmp")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(table.model_dump_json(indent=2))
-            Path(temporary).replace(self._file(name))
+            with file_beside(self._file(name)) as beside:
+                beside.write_text(table.model_dump_json(indent=2), encoding="utf-8")
         except OSError:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    Path(temporary).unlink(missing_ok=True)
             return False
         return True
 

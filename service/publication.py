@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-import shutil
-import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from service.artifact import MANIFEST, FileEntry, Manifest, file_entry
+from service.beside import name_beside, remove_leftovers
 from service.errors import ArtifactError
-
-# Names of directories that are being written.
-STAGING = ".*.writing-*"
-
-_STALE_S = 24 * 3600
 
 
 def list_files(path: Path) -> dict[str, FileEntry]:
@@ -60,11 +52,8 @@ def staging_dir(repository: Path, name: str, version: int) -> Path:
     What crashed writers left behind is removed once it is a day old; younger ones may still be at work.
     """
     model_dir = repository / name
-    for leftover in model_dir.glob(STAGING):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > _STALE_S:
-                shutil.rmtree(leftover, ignore_errors=True)
-    path = model_dir / f".{version}.writing-{secrets.token_hex(8)}"
+    remove_leftovers(model_dir)
+    path = name_beside(model_dir / str(version))
     path.mkdir(parents=True)
     return path
 

@@ -19,9 +19,10 @@ import numpy as np
 import psutil
 
 from service.artifact import InputSpec
+from service.beside import folder_beside
 from service.errors import DataError
 from service.resources import cgroup_memory_left
-from training.folders import one_by_one, remove_leftovers
+from training.folders import one_by_one
 from training.listing import Listing
 from training.read import Dataset, Fault, decoder_version, read_images
 
@@ -74,10 +75,7 @@ def _write(
     workers: int,
     advance: Callable[[int], None],
 ) -> None:
-    remove_leftovers(folder.parent)
-    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    beside.mkdir()
-    try:
+    with folder_beside(folder) as beside:
         _check_space(beside, len(listing) * spec.nbytes)
         shape = (len(listing), *spec.shape)
         pixels = np.lib.format.open_memmap(beside / _PIXELS, mode="w+", dtype=np.uint8, shape=shape)
@@ -89,9 +87,6 @@ def _write(
         np.save(beside / _DIGESTS, dataset.digests)
         np.save(beside / _USABLE, dataset.usable)
         (beside / _FAULTS).write_text(json.dumps([asdict(fault) for fault in faults]), encoding="utf-8")
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _reserve(file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from service.beside import file_beside
 from service.errors import DataError, TrainingError
 from training.folders import make_room
 from training.models.weights_file import check_sums
@@ -22,22 +23,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         TrainingError: it cannot be written (disk full, permissions).
     """
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        # What a killed process has left: it is as large as the checkpoint, and nobody else writes to a run's folder.
-        for leftover in path.parent.glob(f".{path.name}.writing-*"):
-            leftover.unlink(missing_ok=True)
-        with beside.open("wb") as stream:
+        # What a killed process has left is as large as the checkpoint, and nobody else writes to a run's folder.
+        with file_beside(path, sole_writer=True) as beside, beside.open("wb") as stream:
             torch.save({"format": FORMAT, **state}, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        beside.replace(path)
     except (OSError, RuntimeError) as error:
         raise TrainingError(
             f"checkpoint {path} cannot be written: {_reason(error)}; {make_room(path.parent)}"
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _reason(error: BaseException) -> str:

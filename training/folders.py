@@ -6,12 +6,10 @@ None is ever overwritten.
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
-import time
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ _PUBLISHED = "published.txt"
 LAST = "last.pt"  # the checkpoint that a run is resumed from
 
 _LONGEST_NAME = 64
-_STALE_S = 24 * 3600
 _CLOCKS_S = 5.0  # by which those of a file server and of a process may differ
 _SUFFIXES = re.compile(r"(\.(csv|gz|onnx|parquet|pq|tar|tsv|txt))+$", re.IGNORECASE)
 _EXPORT = "export."  # has no part in the weights
@@ -90,15 +87,6 @@ def one_by_one(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock")):
         yield
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Removes half-made folders of killed processes, once they are a day old; younger ones may still be at work."""
-    for leftover in parent.glob(".*.writing-*"):
-        with suppress(FileNotFoundError):
-            newest = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
-            if time.time() - newest > _STALE_S:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def as_yaml(experiment: Experiment) -> str:

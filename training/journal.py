@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.beside import file_beside
 from training.folders import writing
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ class Journal:
     def write(self, history: Sequence[Mapping[str, float]]) -> None:
         """Rewrites `log.csv`, and adds the newest epoch to TensorBoard."""
         columns = list(dict.fromkeys(name for figures in history for name in figures))
-        beside = self._file.with_suffix(".writing")
-        with writing(self._file.parent):
-            with beside.open("w", encoding="utf-8", newline="") as stream:
-                rows = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-                rows.writeheader()
-                rows.writerows(history)
-            beside.replace(self._file)
+        with (
+            writing(self._file.parent),
+            file_beside(self._file, sole_writer=True) as beside,
+            beside.open("w", encoding="utf-8", newline="") as stream,
+        ):
+            rows = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+            rows.writeheader()
+            rows.writerows(history)
         if self._writer:
             newest = history[-1]
             for name, value in newest.items():

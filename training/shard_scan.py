@@ -10,10 +10,8 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -24,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.artifact import InputSpec
+from service.beside import folder_beside
 from service.errors import DataError
-from training.folders import one_by_one, remove_leftovers
+from training.folders import one_by_one
 from training.labels import read_labels
 from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
 from training.pixels import ChannelSums
@@ -106,25 +105,11 @@ def scan(
     try:
         with one_by_one(folder):
             if not folder.exists():
-                with _beside(folder) as fresh:
+                with folder_beside(folder) as fresh:
                     _Scan(fresh, spec, min_side_pixels, shares, seed).run(urls, workers, advance)
-                    fresh.rename(folder)
     except OSError as error:
         raise DataError(f"what is held out of the shards cannot be written to {parent}: {error}") from error
     return _open(folder, urls, _class_names(source))
-
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """An empty folder to take that one's place; it is gone afterwards, or has been moved."""
-    remove_leftovers(folder.parent)
-    fresh = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        yield fresh
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 class _Scan:

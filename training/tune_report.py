@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from jinja2 import Environment
 from optuna.trial import FrozenTrial, TrialState
 
+from service.beside import file_beside
 from training.axes import cut_off, log_axis, short_names
 from training.config import Experiment
 from training.study import effective
@@ -240,6 +240,5 @@ def _svg(draw: Callable[[Any], None], width: float, height: float, rows: int = 1
 
 def _write(file: Path, text: str) -> None:
     """Atomically: several workers end with the same file."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+    with file_beside(file) as beside:
+        beside.write_text(text, encoding="utf-8")

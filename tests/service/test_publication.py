@@ -31,7 +31,8 @@ def test_staging_left_by_a_crash_is_removed_after_a_day_and_not_before(tmp_path)
     old, young = (publication.staging_dir(tmp_path, "grey", 1) for _ in range(2))
     (old / "half").write_text("x")
     two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (two_days_ago, two_days_ago))
+    for path in (old / "half", old):
+        os.utime(path, (two_days_ago, two_days_ago))
     publication.staging_dir(tmp_path, "grey", 2)
 
     assert (old.exists(), young.exists()) == (False, True)
