@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import time
 
 import pytest
 from variants import machine, version_with
@@ -48,6 +50,14 @@ def test_nothing_half_written_stays_behind(tmp_path):
     (tmp_path / "b.json").mkdir()  # in the way
     assert not PlanCache(tmp_path).write("b", TABLE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_what_a_killed_server_was_writing_is_removed_a_day_later(tmp_path):
+    left = tmp_path / ".b.json.writing-0"
+    left.touch()
+    os.utime(left, (0, time.time() - 25 * 3600))
+    PlanCache(tmp_path).write("a", TABLE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json"]
 
 
 @pytest.mark.parametrize(
