@@ -248,7 +248,7 @@ class Batcher(Generic[P, R]):
         job: Job[P, R] = Job(payload, size, deadline, future, self._clock(), priority)
         with self._wake:
             if self._closed:
-                future.set_exception(DrainingError("the server is shutting down", retry_after_ms=None))
+                future.set_exception(DrainingError())
                 return future
             number = self._queue.push(job, flow)
         future.add_done_callback(functools.partial(self._ended, job, number))
@@ -264,7 +264,7 @@ class Batcher(Generic[P, R]):
             waiting = self._queue.drain()
             self._wake.notify_all()
         for job in waiting:
-            self._fail(job, DrainingError("the server is shutting down", retry_after_ms=None))
+            self._fail(job, DrainingError())
         await asyncio.gather(*(asyncio.to_thread(thread.join) for thread in self._threads if thread.ident))
 
     def _ended(self, job: Job[P, R], number: int, future: asyncio.Future[Done[R]]) -> None:

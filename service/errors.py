@@ -111,10 +111,8 @@ class DrainingError(UnavailableError):
 
     reason = "draining"
 
-    def __init__(
-        self, message: str = "the server is shutting down; try another replica", retry_after_ms: int | None = 0
-    ) -> None:
-        super().__init__(message, retry_after_ms)
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; try another replica", retry_after_ms=0)
 
 
 class ModelNotReadyError(UnavailableError):

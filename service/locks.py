@@ -27,16 +27,13 @@ def locked(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[bool]:
     """Takes the lock without waiting for it, and yields whether it could be taken; True where there are no locks."""
-    descriptor = _opened(path)
+    descriptor, mine = _opened(path), True
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        except OSError:
-            yield True
-        else:
-            yield True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        mine = not isinstance(error, BlockingIOError)
+    try:
+        yield mine
     finally:
         os.close(descriptor)
 

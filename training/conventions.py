@@ -18,6 +18,9 @@ from service.errors import ConfigurationError
 Layout = Literal["nchw", "nhwc"]
 Scores = Literal["logits", "probabilities"]
 
+# In pixels. Presets are of networks that see 224 of them or about.
+_SMALL = 96
+
 
 @dataclass(frozen=True)
 class Normalisation:
@@ -39,10 +42,6 @@ class Normalisation:
         own = pixels[..., ::-1] if self.order == "bgr" else pixels
         x = (own.astype(np.float64) / 255 - self.ordered(self.mean)) / self.ordered(self.std)
         return np.ascontiguousarray(x if layout == "nhwc" else x.transpose(0, 3, 1, 2)).astype(dtype)
-
-
-# In pixels. Presets are of networks that see 224 of them or about.
-_SMALL = 96
 
 
 @dataclass(frozen=True)

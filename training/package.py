@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from service import artifact, publication
 from service.artifact import Canary, InputSpec, Manifest
+from service.beside import file_beside
 from service.errors import ArtifactError, ConfigurationError, DataError, InvalidImageError
 from service.preprocess import preprocess
 from training.runtime import Session
@@ -67,9 +68,9 @@ def next_version(model_dir: Path) -> int:
 
 
 def _remember(version: Path) -> None:
-    beside = version.with_name(f"{_LATEST}.{version.name}")
-    beside.write_text(version.name, encoding="ascii")
-    beside.replace(version.with_name(_LATEST))
+    # Where that fails the version is published all the same.
+    with contextlib.suppress(OSError), file_beside(version.with_name(_LATEST)) as beside:
+        beside.write_text(version.name, encoding="ascii")
 
 
 def publish_next(staging: Path, repository: Path, name: str, manifest_of: Callable[[int], Manifest]) -> Path:

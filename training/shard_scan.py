@@ -26,7 +26,7 @@ from service.beside import folder_beside
 from service.errors import DataError
 from training.folders import one_by_one
 from training.labels import read_labels
-from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, listing_of
+from training.listing import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Listing, in_order, listing_of
 from training.pixels import ChannelSums
 from training.read import Fault, channels_of, decode_into, decoder_version
 from training.shard_columns import DIGEST_BYTES, SET_ASIDE, Columns, Seen
@@ -244,13 +244,11 @@ def _classes(
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Names in label order, and the index of each label text that is used."""
     used_codes = {code for shard, part in zip(codes, parts, strict=True) for code in np.unique(shard[part >= TRAIN])}
-    used = sorted(texts[code] for code in used_codes)
-    if all(text.isdecimal() for text in used):
-        used.sort(key=int)
-        if names:
-            if int(used[-1]) >= len(names):
-                raise DataError(f"{_NAMES} names {len(names)} classes, but a sample has label {used[-1]}")
-            return tuple(names), {text: int(text) for text in used}
+    used = in_order({texts[code] for code in used_codes})
+    if names and all(text.isdecimal() for text in used):
+        if int(used[-1]) >= len(names):
+            raise DataError(f"{_NAMES} names {len(names)} classes, but a sample has label {used[-1]}")
+        return tuple(names), {text: int(text) for text in used}
     return tuple(used), {text: number for number, text in enumerate(used)}
 
 

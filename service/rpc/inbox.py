@@ -144,7 +144,8 @@ class Streamed:
             if task is None or not self._inbox.closed:
                 raise
             task.uncancel()
-            await context.abort(status.code_of(DrainingError()), str(DrainingError()))
+            error = DrainingError()
+            await context.abort(status.code_of(error), str(error))
         except DecodeError:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "the request is damaged, or no message of this method"
