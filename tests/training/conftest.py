@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -9,10 +10,12 @@ from tar_shards import numbered, write_shard
 from torch import nn
 
 from service.artifact import InputSpec, Weights
+from training.config import Experiment
 from training.listing import Listing
 from training.pixels import Normaliser, channel_statistics
 from training.prepared import Prepared
 from training.read import Dataset
+from training.run import run
 from training.split import Split
 from training.trained import Trained
 
@@ -135,3 +138,12 @@ def shards(tmp_path):
     for number, (first, count) in enumerate(((0, 40), (40, 30), (70, 20))):
         write_shard(tmp_path / "shards" / f"train-{number:03d}.tar", numbered(count, first))
     return tmp_path / "shards"
+
+
+@pytest.fixture(scope="session")
+def finished(digit_folder, tmp_path_factory):
+    """The run of `runs.TREE`, and what it has told."""
+    folder = tmp_path_factory.mktemp("finished")
+    shown = runs.display()
+    result = run(Experiment.model_validate(runs.TREE), digit_folder, folder / "models", folder / "runs", shown)
+    return result, shown.console.file.getvalue()
