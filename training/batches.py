@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.distributed import Group
+from training.distributed import Group, device
 from training.draws import draws
 from training.seeds import Purpose, derive
 
@@ -40,6 +41,10 @@ class Batch(NamedTuple):
     labels: Tensor
     uniform: Tensor
     whole: int
+
+    def page_locked(self) -> Batch:
+        """The same in memory from which a GPU copies by itself, while the thread that asked for it goes on."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.uniform.pin_memory(), self.whole)
 
 
 class Source(Protocol):
@@ -142,9 +147,12 @@ def balancing_weights(labels: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Makes the next few batches in a thread while the loop works on the current one."""
-    iterator = iter(batches)
+    iterator, begin, where = iter(batches), None, device()
+    if where.type == "cuda":
+        iterator = (batch.page_locked() for batch in batches)
+        begin = partial(torch.cuda.set_device, where)  # or it would also open the first GPU
     waiting: deque[Future[Batch | None]] = deque()
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
         try:
             while True:
                 if len(waiting) <= _FEWEST_AHEAD:

@@ -72,8 +72,8 @@ class Average:
         weight = 1 - min(self._decay, (1 + step) / (10 + step))
         # One call instead of one per tensor.
         torch._foreach_lerp_([mine for mine, _ in self._floating], [theirs for _, theirs in self._floating], weight)
-        for mine, theirs in self._counters:
-            mine.copy_(theirs)
+        if self._counters:
+            torch._foreach_copy_([mine for mine, _ in self._counters], [theirs for _, theirs in self._counters])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

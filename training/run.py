@@ -32,7 +32,7 @@ from training.interrupt import InterruptedRunError, held_back, stoppable
 from training.journal import Journal
 from training.listing import TEST, VALIDATION
 from training.loop import StoppedError, Trainer
-from training.memory import kept_memory
+from training.memory import kept_memory, shortage_told
 from training.models import Architecture, describe
 from training.optimise import peak_rate, proven_decay
 from training.phases import Phase
@@ -122,13 +122,15 @@ def run(
         if group.main and not resume:
             with writing(folder):
                 data.write_reports(folder)
-        stepper, report = build_stepper(experiment, entry, data, group)
+        at_once = experiment.loop.images_at_once
+        with shortage_told(at_once):
+            stepper, report = build_stepper(experiment, entry, data, group)
         if report:
             display.show(stage_table(stepper.model, entry, report, phases))
         display.caution(*idle(experiment, stepper.model, data))
         threads = threads_for(experiment, stepper, data)
-        mine = alone(folder) if group.main else nullcontext()
-        with mine, limited_to(threads), kept_memory(), repeatable(experiment.loop.deterministic):
+        mine, short = alone(folder) if group.main else nullcontext(), shortage_told(at_once)
+        with mine, limited_to(threads), kept_memory(), short, repeatable(experiment.loop.deterministic):
             trainer = build_trainer(experiment, data, stepper, phases, folder, group)
             if resume:
                 trainer.resume()
@@ -201,7 +203,8 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     with writing(folder):
         data.write_reports(folder)
     stepper, _ = build_stepper(experiment, entry, data, group)
-    with limited_to(threads_for(experiment, stepper, data)), kept_memory():
+    short = shortage_told(experiment.loop.images_at_once)
+    with limited_to(threads_for(experiment, stepper, data)), kept_memory(), short:
         images = build_source(experiment, data, group)
         stepper.precision = choose_precision(experiment, stepper, images)
         found = sweep(stepper, images, plan(experiment, entry)[-1])
@@ -294,15 +297,20 @@ def _fit(trainer: Trainer, experiment: Experiment, images: int, folder: Path, di
 
 @contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
-    """PyTorch refuses operations whose result varies from run to run, if that is wanted."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """PyTorch refuses operations whose result varies from run to run, if that is wanted.
+
+    If not, cuDNN tries its kernels for each shape and takes the fastest, which may be another one the next time.
+    """
+    before, tried = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if wanted:  # or cuBLAS refuses; it reads this before its first product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = tried
 
 
 def _as_begun(experiment: Experiment, folder: Path) -> Experiment:

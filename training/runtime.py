@@ -6,21 +6,19 @@ reference that every later provider is held against.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from service import cuda
 from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
 from service.errors import ArtifactError, TrainingError
-from service.providers import CPU
+from service.providers import CPU, TENSORRT
 from service.runners import Outputs
 from training.rows import Images
 from training.wording import first_line
-
-_GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
 MOST_AT_ONCE = 64
 _PIXELS_AT_ONCE = MOST_AT_ONCE * 384 * 384
@@ -122,8 +120,10 @@ def at_once(height: int, width: int) -> int:
 
 
 def usable(provider: str) -> bool:
-    """Whether a GPU provider is built in and its driver loaded; asking for it without would fill the terminal."""
-    return provider in ort.get_available_providers() and _GPU_DRIVER.exists()
+    """Whether a GPU provider is built in and finds what it needs; asking for it without would fill the terminal."""
+    if provider not in ort.get_available_providers() or not cuda.visible():
+        return False
+    return provider != TENSORRT or bool(cuda.tensorrt_version())
 
 
 def _options() -> ort.SessionOptions:

@@ -149,7 +149,7 @@ class Stepper:
         return self._wrapped.no_sync()
 
     def _backward(self, batch: Batch, step: int) -> Tensor:
-        mixed = self._mix(self._inputs(batch), batch.labels.to(self.device), step)
+        mixed = self._mix(self._inputs(batch), batch.labels.to(self.device, non_blocking=True), step)
         with autocast(self.precision, self.device):
             outputs = self._forward(mixed.inputs)
         loss = self._loss(outputs, mixed) / batch.whole

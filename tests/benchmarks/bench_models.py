@@ -7,6 +7,7 @@ means nothing here. Each version has weights of its own, so that an answer tells
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -33,7 +34,7 @@ def photo_folder(folder: Path) -> Path:
     return target
 
 
-def benchmark_model(folder: Path, name: str, number: int = 1) -> Path:
+def benchmark_model(folder: Path, name: str, number: int = 1, variants: Sequence[str] = ("int8",)) -> Path:
     """`<folder>/models/<name>/<number>`, exported once; earlier versions have to be there."""
     version = folder / "models" / name / str(number)
     if version.is_dir():
@@ -64,7 +65,7 @@ def benchmark_model(folder: Path, name: str, number: int = 1) -> Path:
         history=[],
         holdout_paths=paths[32:],
     )
-    return export_version(trained, folder / "models", variants=("int8",), budget_points=100)
+    return export_version(trained, folder / "models", variants=variants, budget_points=100)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ same noise; medians count:
 plain      float32, NCHW, inputs ready in memory: the loop of a tutorial
 stripped   the precision that `auto` chooses, channels_last, inputs ready: forward, backward, step and nothing else
 ours       the whole: batches from uint8, crop, flip, normalisation, label smoothing, average, loss check
-The latter two keep their memory from step to step (training/memory.py), as `convoy train` does.
+The latter two keep their memory from step to step (training/memory.py), as `convoy train` does. With a GPU all three
+run there, with the inputs of the first two in its memory; give it larger batches (`--batch 1024`).
 Expected: ours at least 0.95 of stripped; with AMX also at least 3 times plain (exit code 1 below 0.95).
 """
 
@@ -31,7 +32,7 @@ from torch.nn import functional
 
 from training.batches import Examples, MemorySource
 from training.config import Experiment
-from training.distributed import Group
+from training.distributed import Group, device
 from training.memory import kept_memory
 from training.models import create, describe
 from training.phases import Phase
@@ -39,7 +40,7 @@ from training.pixels import Normaliser
 from training.precision import autocast, fastest
 from training.step import Stepper
 
-CPU = torch.device("cpu")
+DEVICE = device()
 CLASSES, SIDE = 10, 32
 WARM_UP = 3
 TURN_S = 0.5
@@ -54,8 +55,9 @@ TREE = {
 
 def bare_loop(name: str, options: dict, batch: int, precision: str, *, channels_last: bool) -> Callable[[], None]:
     """One step of forward, backward and update on inputs that are ready."""
-    model = create(name, CLASSES, 3, **options).train()
-    inputs, labels = torch.randn(batch, 3, SIDE, SIDE), torch.randint(0, CLASSES, (batch,))
+    model = create(name, CLASSES, 3, **options).train().to(DEVICE)
+    inputs = torch.randn(batch, 3, SIDE, SIDE, device=DEVICE)
+    labels = torch.randint(0, CLASSES, (batch,), device=DEVICE)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
         inputs = inputs.to(memory_format=torch.channels_last)
@@ -63,7 +65,7 @@ def bare_loop(name: str, options: dict, batch: int, precision: str, *, channels_
 
     def step() -> None:
         optimiser.zero_grad()
-        with autocast(precision, CPU):
+        with autocast(precision, DEVICE):
             logits = model(inputs)
         functional.cross_entropy(logits.float(), labels).backward()
         optimiser.step()
@@ -77,11 +79,11 @@ def our_loop(name: str, options: dict, batch: int) -> tuple[str, Callable[[], No
     images = random.integers(0, 256, (batch * EPOCH_STEPS, SIDE, SIDE, 3), dtype=np.uint8)
     labels = random.integers(0, CLASSES, len(images))
     experiment = Experiment.model_validate({**TREE, "model": {"name": name}})
-    normalise = Normaliser((0.5,) * 3, (0.25,) * 3)
+    normalise = Normaliser((0.5,) * 3, (0.25,) * 3).on(DEVICE)
     model = create(name, CLASSES, 3, **options)
-    stepper = Stepper(model, experiment, normalise, class_weights=None, device=CPU, group=Group())
+    stepper = Stepper(model, experiment, normalise, class_weights=None, device=DEVICE, group=Group())
     source = MemorySource(Examples(images, labels, np.arange(len(images))), batch, 0, group=Group())
-    stepper.precision = fastest(stepper.trial(next(source.batches(0, 0))), CPU)
+    stepper.precision = fastest(stepper.trial(next(source.batches(0, 0))), DEVICE)
     stepper.begin(Phase("all", 1), 0.05, 0, PHASE_STEPS)
     stepper.train()
     epochs = (source.batches(epoch, 0) for epoch in itertools.count())
@@ -89,9 +91,17 @@ def our_loop(name: str, options: dict, batch: int) -> tuple[str, Callable[[], No
 
     def step() -> None:
         number, taken = next(numbered)
-        float(stepper(taken, number))
+        loss = stepper(taken, number)
+        if DEVICE.type == "cpu":  # a GPU is asked after many steps at once
+            float(loss)
 
     return stepper.precision, step
+
+
+def synchronise() -> None:
+    """Waits for what a GPU still computes."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def worker(pipe: Connection, loop: str, name: str, batch: int, precision: str) -> None:
@@ -103,13 +113,16 @@ def worker(pipe: Connection, loop: str, name: str, batch: int, precision: str) -
             precision, step = our_loop(name, options, batch)
         else:
             step = bare_loop(name, options, batch, precision, channels_last=loop == "stripped")
+        torch.backends.cudnn.benchmark = loop != "plain"  # as training/run.py sets it
         pipe.send((precision, torch.get_num_threads()))
         steps = 1
         while pipe.recv():
             step()  # finds the caches as the others left them
+            synchronise()
             began = time.perf_counter()
             for _ in range(steps):
                 step()
+            synchronise()
             step_s = (time.perf_counter() - began) / steps
             pipe.send(step_s)
             steps = max(1, math.ceil(TURN_S / step_s))
@@ -157,7 +170,8 @@ def main() -> int:
                     times.setdefault(loop, []).append(taken)
     rates = {loop: chosen.batch / statistics.median(found) for loop, found in times.items()}
     paired = [stripped / mine for stripped, mine in zip(times["stripped"], times["ours"], strict=True)]
-    click.echo(f"{chosen.model}, batch {chosen.batch}, {precision}, {threads} threads")
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{threads} threads"
+    click.echo(f"{chosen.model}, batch {chosen.batch}, {precision}, {where}")
     for loop, rate in rates.items():
         click.echo(f"{loop:<9}{rate:8.1f} images/s")
     ratio = statistics.median(paired)

@@ -45,6 +45,8 @@ PIPELINES = [
     for threads, executors, intra in ((2, 2, 1), (3, 3, 1), (2, 2, 2), (3, 3, 2))
     for batch in (1, 4, 8)
 ]
+# With a GPU: one executor, whose turn the threads wait for.
+GPU_PIPELINES = [(threads, 1, 1, batch) for threads in (4, 8, 12, 16) for batch in (8, 32)]
 
 
 # --- the floor
@@ -63,15 +65,19 @@ class Pipeline:
 
     def __init__(self, version, runs, setting):
         self.threads, executors, intra, self.batch = setting
-        plan = providers.cpu_plan(
-            resources.cpu_count(),
-            provider=runs.provider,
-            executors=executors,
-            intra_op_threads=intra,
-            precision=runs.precision,
-        )
+        if runs.provider in providers.GPU_PROVIDERS:
+            plan = providers.Plan(runs.provider, 1, 1, runs.precision, gpus=(0,))
+        else:
+            plan = providers.cpu_plan(
+                resources.cpu_count(),
+                provider=runs.provider,
+                executors=executors,
+                intra_op_threads=intra,
+                precision=runs.precision,
+            )
         self.engines = engine.build(version, plan, max(self.batch, 2), runs.file)
         engine.warm_up(self.engines)
+        self.turns = [threading.Lock() for _ in self.engines]
         self.spec = version.manifest.input
 
     def rate(self, images, seconds):
@@ -86,7 +92,9 @@ class Pipeline:
                 for row in pixels:
                     preprocess(images[position % len(images)], self.spec, out=row)
                     position += 1
-                self.engines[number % len(self.engines)].infer([pixels])
+                place = number % len(self.engines)
+                with self.turns[place]:
+                    self.engines[place].infer([pixels])
                 done[number] += self.batch
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(self.threads)]
@@ -104,7 +112,7 @@ class Pipeline:
 def best_pipeline(version, runs, images, console):
     """The fastest of `PIPELINES` with what the service `runs`, tried briefly."""
     rates = {}
-    for setting in PIPELINES:
+    for setting in GPU_PIPELINES if runs.provider in providers.GPU_PROVIDERS else PIPELINES:
         pipeline = Pipeline(version, runs, setting)
         rates[setting] = pipeline.rate(images, 2.0)
         pipeline.close()
@@ -197,7 +205,7 @@ def closed(address, images, *, seconds, in_flight=IN_FLIGHT, **flags):
 # --- what is measured
 
 
-def photos_on(model, folder, rounds, seconds, variant, console):
+def photos_on(model, folder, rounds, seconds, variant, in_flight, console):
     """Floor, service, echo and textbook server on 500x375 photos; rates of each round."""
     path = bench_models.benchmark_model(folder, model)
     version = artifact.load(path)
@@ -217,10 +225,10 @@ def photos_on(model, folder, rounds, seconds, variant, console):
         overloads = []
         for _ in range(rounds):
             rates["pipeline"].append(pipeline.rate(images, FLOOR_S))
-            rates["service"].append(closed(service.grpc, photo_folder, seconds=seconds))
+            rates["service"].append(closed(service.grpc, photo_folder, seconds=seconds, in_flight=in_flight))
             overloads.append(overloaded(service, photo_folder, rates["service"][-1], seconds))
-            rates["echo"].append(closed(echo, photo_folder, seconds=min(seconds, 3)))
-            rates["textbook"].append(closed(textbook, photo_folder, seconds=seconds))
+            rates["echo"].append(closed(echo, photo_folder, seconds=min(seconds, 3), in_flight=in_flight))
+            rates["textbook"].append(closed(textbook, photo_folder, seconds=seconds, in_flight=in_flight))
         pipeline.close()
     rates["floor"] = [1 / (1 / one + 1 / two) for one, two in zip(rates["pipeline"], rates["echo"], strict=True)]
     return rates, overloads
@@ -353,17 +361,18 @@ OVERLOAD = {
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--seconds", default=8.0, show_default=True, help="Of each measurement.")
 @click.option("--variant", help="Pin the variant: fp32 or int8.  [default: what the service chooses]")
+@click.option("--in-flight", default=IN_FLIGHT, show_default=True, help="Callers, of photos.")
 @click.option("--small", is_flag=True, help="Only the tiny model.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write everything measured here.")
-def main(models, folder, rounds, seconds, variant, small, file):
+def main(models, folder, rounds, seconds, variant, in_flight, small, file):
     """Measure the service against the floor of this machine."""
     console = Console()
     found = {}
     if not small:
         for model in models or ("resnet18",):
-            rates, overloads = photos_on(model, folder, rounds, seconds, variant, console)
+            rates, overloads = photos_on(model, folder, rounds, seconds, variant, in_flight, console)
             pairs = [("service", "floor"), ("service", "pipeline"), ("service", "textbook")]
-            show(console, f"{model}, photos of 500x375, {IN_FLIGHT} in flight", rates, pairs)
+            show(console, f"{model}, photos of 500x375, {in_flight} in flight", rates, pairs)
             show_overload(console, model, overloads)
             found[model] = {"rates": rates, "overloads": overloads}
     if small or not models:

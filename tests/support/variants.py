@@ -62,9 +62,9 @@ def wrong(model):
     return other
 
 
-def huge(model, bytes_per_image):
-    """Wants so much memory for each image on the way."""
-    big = slowed(model, work=1)
+def huge(model, bytes_per_image, work=1):
+    """Wants so much memory for each image on the way; with `work` maybe twice as much."""
+    big = slowed(model, work)
     for index, tensor in enumerate(big.graph.initializer):
         if tensor.name == "tiles":
             tiles = np.asarray([1, 1, bytes_per_image // 4], np.int64)

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import digits
 import numpy as np
 import pytest
 import runs
@@ -95,14 +96,7 @@ def digits_trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digit_folder(tmp_path_factory):
     """300 of scikit-learn's digits as PNG files of 8x8, a folder per class."""
-    images, labels = load_digits(return_X_y=True)
-    folder = tmp_path_factory.mktemp("digit-folder") / "digits"
-    for number in range(300):
-        target = folder / str(labels[number])
-        target.mkdir(parents=True, exist_ok=True)
-        pixels = (images[number].reshape(8, 8) * (255 / 16)).round().astype(np.uint8)
-        Image.fromarray(pixels).save(target / f"{number:04d}.png")
-    return folder
+    return digits.digit_folder(tmp_path_factory.mktemp("digit-folder") / "digits")
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+from service.errors import TrainingError
+from training.memory import shortage_told
+
+on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
 
 MIB = 64  # a tensor's
 BEGIN = """
@@ -54,12 +58,34 @@ def printed(program: str) -> list[int]:
     return [int(word) for word in subprocess.run(command, check=True, capture_output=True, timeout=120).stdout.split()]
 
 
+@on_glibc
 def test_steps_take_no_new_pages():
     without, within = printed(STEPS)
     assert within < without / 10
 
 
+@on_glibc
 @pytest.mark.parametrize("end", ["pass", "raise ValueError"])
 def test_afterwards_memory_is_given_back_whatever_happened(end):
     [given_back] = printed(LEFT.format(end=end))
     assert given_back > MIB / 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "the GPU's .* 128 images"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "the machine's"),
+        (MemoryError(), r"--accumulate 2 .* \(no more memory\)"),
+    ],
+    ids=["GPU", "PyTorch on the CPU", "Python"],
+)
+def test_too_little_memory_is_told_with_what_helps(error, told):
+    with pytest.raises(TrainingError, match=told), shortage_told(128):
+        raise error
+
+
+def test_another_error_is_left_as_it_is():
+    with pytest.raises(RuntimeError, match="shapes differ") as left, shortage_told(128):
+        raise RuntimeError("shapes differ")
+    assert not isinstance(left.value, TrainingError)

@@ -192,8 +192,10 @@ def test_what_is_repeatable_on_a_gpu_is_so_from_the_start(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with repeatable(wanted=False):
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        assert torch.backends.cudnn.benchmark
     with repeatable(wanted=True):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cudnn.benchmark
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with repeatable(wanted=True):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
