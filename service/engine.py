@@ -20,7 +20,7 @@ from service import artifact, faults, sessions, threads
 from service.artifact import ModelVersion
 from service.errors import DeviceLostError, EngineError, OutOfMemoryError
 from service.providers import CPU, GPU_PROVIDERS, OPENVINO, Plan
-from service.runners import CudaRunner, HostRunner, Outputs, Runner
+from service.runners import CudaRunner, HostRunner, MixedRunner, Outputs, Runner
 from service.sessions import Loaded
 
 __all__ = ["Engine", "OrtEngine", "Outputs", "build", "executors", "side_by_side", "warm_up"]
@@ -226,8 +226,12 @@ def executors(version: ModelVersion, loaded: Loaded, variant: str, buckets: Sequ
     runners: list[Runner] = []
     try:
         if plan.provider in GPU_PROVIDERS:
+            mixed = set(loaded.nodes) > {plan.provider}
             for gpu, on_gpu in zip(plan.gpus, loaded.on_gpus, strict=True):
-                runners.append(CudaRunner(on_gpu.sessions, gpu, shape, classes, plain=on_gpu.plain))
+                if mixed:
+                    runners.append(MixedRunner(on_gpu.sessions, gpu, shape))
+                else:
+                    runners.append(CudaRunner(on_gpu.sessions, gpu, shape, classes, plain=on_gpu.plain))
         else:
             runners.extend(HostRunner(loaded.session, buckets[-1], shape) for _ in range(plan.executors))
     except Exception as error:  # ONNX Runtime's exceptions have no common base below Exception

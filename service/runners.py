@@ -64,8 +64,7 @@ class HostRunner:
 
     def run(self, bucket: int) -> Outputs:
         """See `Runner`."""
-        logits, probabilities = self._session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: self.pixels[:bucket]})
-        return Outputs(logits, probabilities)
+        return _plain(self._session, self.pixels[:bucket])
 
     def close(self) -> None:
         """See `Runner`."""
@@ -79,6 +78,43 @@ class _Slot(NamedTuple):
     logits: Any
     probabilities: Any
     binding: Any
+
+
+def _plain(session: Any, pixels: NDArray[np.uint8]) -> Outputs:
+    logits, probabilities = session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: pixels})
+    return Outputs(logits, probabilities)
+
+
+class MixedRunner:
+    """For sessions on a GPU of which some nodes run on the CPU: arrays go in and come out.
+
+    ONNX Runtime 1.31 ends the process (SIGSEGV) if outputs of such a session are bound to the GPU's memory. All batches
+    run on a thread that the runner keeps, as with `CudaRunner`.
+
+    Args:
+        sessions: by batch size.
+        gpu: device number.
+        shape: height, width, channels.
+    """
+
+    def __init__(self, sessions: dict[int, Any], gpu: int, shape: Sequence[int]) -> None:
+        self._sessions = sessions
+        self._home = ThreadPoolExecutor(1, f"gpu-{gpu}", initializer=cuda.select, initargs=(gpu,))
+        self.pixels = np.zeros((max(sessions), *shape), np.uint8)
+
+    def run(self, bucket: int) -> Outputs:
+        """See `Runner`."""
+        return self._home.submit(self._run, bucket).result()
+
+    def close(self) -> None:
+        """See `Runner`."""
+        self._home.shutdown(wait=False)
+        with capture.GPUS.together():  # what goes gives memory back
+            self._sessions.clear()
+
+    def _run(self, bucket: int) -> Outputs:
+        with capture.GPUS.together():
+            return _plain(self._sessions[bucket], self.pixels[:bucket])
 
 
 class CudaRunner:

@@ -24,6 +24,7 @@ from service.providers import CPU, CUDA, GPU_PROVIDERS, OPENVINO, TENSORRT, Plan
 
 _log = logs.get("engine")
 
+_ERRORS = 3
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors arrive as exceptions, and are told once
 _PROGRESS_S = 15.0
 # In the texts of failures for which files of an earlier compilation are to blame.
@@ -204,6 +205,8 @@ def _engine_directory(version: ModelVersion, plan: Plan, gpu: int, buckets: Sequ
 
 def _preload_cuda() -> None:
     """Loads CUDA and cuDNN from their wheels, where they are installed that way. What it prints goes to the log."""
+    # Of each session on a GPU it would warn on stderr that no plugin has that provider, which is none.
+    ort.set_default_logger_severity(_ERRORS)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         ort.preload_dlls()
     if said := printed.getvalue().strip():

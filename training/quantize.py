@@ -180,6 +180,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             )
     except Exception as error:  # the converter raises whatever its parts do
         raise TrainingError(f"the graph cannot be converted to fp16: {error}") from error
+    _cast_once(converted)
     return _tidied(converted)
 
 
@@ -225,6 +226,15 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         if not node.name or node.name in taken:
             node.name = f"{node.op_type}_{index}_unnamed"
         taken.add(node.name)
+
+
+def _cast_once(model: onnx.ModelProto) -> None:
+    """Drops casts that are there already: the converter writes one for each kept node that takes a value."""
+    made: set[str] = set()
+    for node in list(model.graph.node):
+        if node.op_type == "Cast" and node.output[0] in made:
+            model.graph.node.remove(node)
+        made.update(node.output)
 
 
 def _tidied(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -21,6 +21,7 @@ from service.artifact import Weights
 from service.candidates import Wishes
 from service.errors import OutOfMemoryError, OutOfReachError
 from service.providers import CUDA, Plan
+from service.runners import MixedRunner
 from service.selection import Selector, this_machine
 from training.export import export_version
 from training.models import create, describe
@@ -148,7 +149,7 @@ def test_the_choice_is_cuda_and_the_table_says_what_it_chose_from(network, tmp_p
 def test_a_model_with_a_node_for_the_cpu_runs_without_graphs(tmp_path):
     version = version_with(tmp_path, fp32=with_words)
     one = on_cuda(version, 4)
-    assert one._runner._plain is None  # noqa: SLF001
+    assert isinstance(one._runner, MixedRunner)  # noqa: SLF001
     levels = [0, 200, 90]
     found = one.infer([levels_image(levels, version.manifest.input)]).probabilities
     assert found == pytest.approx(grey_outputs(levels, CLASSES)[1], abs=1e-4)
@@ -242,6 +243,7 @@ from pathlib import Path
 from service import artifact, engine
 from service.errors import DeviceLostError
 from service.providers import CUDA, Plan
+from service.runners import MixedRunner
 version = artifact.load(Path(sys.argv[1]))
 first, second = (engine.build(version, Plan(CUDA, 1, gpus=(0,)), 2)[0] for _ in range(2))
 image = np.zeros((1, *version.manifest.input.shape), np.uint8)

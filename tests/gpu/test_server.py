@@ -24,8 +24,10 @@ from pathlib import Path
 import gpu_memory
 from service.cli import main
 
+when = Path(sys.argv[1])
+
 def wait():
-    while not Path(sys.argv[1]).exists():
+    while not when.exists():
         time.sleep(0.02)
     gpu_memory.lose()
 
@@ -62,7 +64,7 @@ def test_it_classifies_while_it_reloads(repository):
                 wrong.extend([found] if found != [index for _, index in levels] else [])
 
     with (
-        serve_process(repository, *ON_CUDA, "--repository-poll-s", "0.2") as (_, ready),
+        serve_process(repository, "--repository-poll-s", "0.2", providers="cuda") as (_, ready),
         grpc.insecure_channel(ready["grpc"]) as channel,
         ThreadPoolExecutor(8) as pool,
     ):
@@ -94,7 +96,7 @@ def comes(condition, within_s=30):
 
 
 def test_auto_takes_the_gpu(repository):
-    with serve_process(repository, "--providers", "auto") as (process, ready):
+    with serve_process(repository, providers="auto") as (process, ready):
         with grpc.insecure_channel(ready["grpc"]) as channel:
             model = served(pb_grpc.ImageClassifierStub(channel))
         assert model.provider in {"CUDAExecutionProvider", "TensorrtExecutionProvider"}

@@ -11,7 +11,7 @@ from service import cuda, engine, providers, sessions
 from service.candidates import Wishes
 from service.cuda import Gpu
 from service.errors import DeviceLostError, OutOfMemoryError, ProviderError
-from service.providers import CUDA, TENSORRT, Plan
+from service.providers import CPU, CUDA, TENSORRT, Plan
 from service.runners import CudaRunner
 from service.selection import Selector
 
@@ -106,6 +106,17 @@ def test_a_model_whose_graph_is_refused_runs_without(version, stand):
     loaded = sessions.load(version, "model.onnx", Plan(CUDA, 1, gpus=(0,)), (1, 2))
     assert graph_switches(stand) == ["1", "0", "0"]
     assert loaded.on_gpus[0].plain is None
+
+
+def test_a_model_that_is_in_part_on_the_cpu_binds_nothing_to_the_gpu(version, stand, monkeypatch):
+    """ONNX Runtime would end the process."""
+    monkeypatch.setattr(sessions, "_nodes", lambda session: {CUDA: 10, CPU: 2})
+    monkeypatch.setattr(engine, "CudaRunner", pytest.fail)
+    one, _ = engine.build(version, Plan(CUDA, 1, gpus=(0, 1)), 4)
+    one.warm_up()
+    for _ in range(2):
+        assert answers_right(one, version.manifest.input)
+    one.close()
 
 
 def test_graphs_can_be_switched_off(version, stand):

@@ -450,9 +450,9 @@ def environment(changes=None):
 
 
 @contextmanager
-def serve_process(repository, *flags, env=None):
+def serve_process(repository, *flags, env=None, providers="cpu"):
     """A `convoy serve` process that is ready, on free ports. Yields it and its `ready` line; drains it at the end."""
-    fixed = ("--port", "0", "--http-port", "0", "--log-format", "json", "--providers", "cpu")
+    fixed = ("--port", "0", "--http-port", "0", "--log-format", "json", "--providers", providers)
     process = Process("serve", "--repository", repository, *fixed, "--cache-dir", cache(repository), *flags, env=env)
     try:
         report = process.ready()

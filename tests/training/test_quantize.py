@@ -9,6 +9,7 @@ from service import resources
 from service.artifact import InputSpec
 from service.errors import TrainingError
 from training.graph import Servable, to_onnx
+from training.models import create
 from training.quantize import Int8, cpu_form, needs_reduced_range, tensorrt_form, to_fp16
 from training.runtime import Session
 
@@ -175,3 +176,16 @@ def test_only_x86_without_vnni_needs_a_reduced_range(machine, flags, reduced):
 def test_without_being_told_it_is_the_cpu_that_says_whether_it_has_vnni(monkeypatch, flags, reduced):
     monkeypatch.setattr(resources, "cpu_model", lambda: ("a CPU", frozenset(flags)))
     assert needs_reduced_range("x86_64") is reduced
+
+
+def test_what_two_exact_nodes_take_is_cast_for_each_and_the_file_still_loads():
+    """Both halves of a mirrored network are added in float32; ONNX Runtime refuses nodes of one name."""
+    torch.manual_seed(0)
+    net = create("resnet8", 10, 3, mirror=True, width=0.25).eval()
+    model = to_onnx(Servable(net, (0.5,) * 3, (0.25,) * 3, 0.65), InputSpec(height=32, width=32, channels=3))
+    half = to_fp16(model)
+    names = [node.name for node in half.graph.node]
+    assert len(set(names)) == len(names)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    expected, found = (Session(each.SerializeToString()).run(pixels) for each in (model, half))
+    assert found.probabilities == pytest.approx(expected.probabilities, abs=0.01)
