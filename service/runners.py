@@ -5,6 +5,7 @@ Each executor has a runner with an input buffer of its own, made at load; the se
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -46,6 +47,10 @@ class Runner(Protocol):
         """Releases buffers and the hold on the session."""
 
 
+def _on_arrays(session: Any, pixels: NDArray[np.uint8]) -> Outputs:
+    return Outputs(*session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: pixels}))
+
+
 class HostRunner:
     """For providers that compute on the CPU.
 
@@ -64,11 +69,60 @@ class HostRunner:
 
     def run(self, bucket: int) -> Outputs:
         """See `Runner`."""
-        return _plain(self._session, self.pixels[:bucket])
+        return _on_arrays(self._session, self.pixels[:bucket])
 
     def close(self) -> None:
         """See `Runner`."""
         self._session = None
+
+
+class _GpuRunner(ABC):
+    """Runs all batches on a thread of its own, whoever asks; `_compute` is what it runs there.
+
+    Args:
+        sessions: by batch size; several sizes may have the same one if no graphs are used.
+        gpu: device number.
+    """
+
+    def __init__(self, sessions: dict[int, Any], gpu: int) -> None:
+        self._sessions, self._gpu = sessions, gpu
+        self._home = ThreadPoolExecutor(1, f"gpu-{gpu}", initializer=cuda.select, initargs=(gpu,))
+
+    def run(self, bucket: int) -> Outputs:
+        """See `Runner`."""
+        return self._home.submit(self._compute, bucket).result()
+
+    def close(self) -> None:
+        """See `Runner`."""
+        self._home.shutdown(wait=False)
+        with capture.GPUS.together():  # what goes gives memory back
+            self._let_go()
+
+    @abstractmethod
+    def _compute(self, bucket: int) -> Outputs: ...
+
+    def _let_go(self) -> None:
+        self._sessions.clear()
+
+
+class MixedRunner(_GpuRunner):
+    """For sessions on a GPU of which some nodes run on the CPU: arrays go in and come out.
+
+    ONNX Runtime 1.31 ends the process (SIGSEGV) if outputs of such a session are bound to the GPU's memory.
+
+    Args:
+        sessions: by batch size.
+        gpu: device number.
+        shape: height, width, channels.
+    """
+
+    def __init__(self, sessions: dict[int, Any], gpu: int, shape: Sequence[int]) -> None:
+        super().__init__(sessions, gpu)
+        self.pixels = np.zeros((max(sessions), *shape), np.uint8)
+
+    def _compute(self, bucket: int) -> Outputs:
+        with capture.GPUS.together():
+            return _on_arrays(self._sessions[bucket], self.pixels[:bucket])
 
 
 class _Slot(NamedTuple):
@@ -80,44 +134,7 @@ class _Slot(NamedTuple):
     binding: Any
 
 
-def _plain(session: Any, pixels: NDArray[np.uint8]) -> Outputs:
-    logits, probabilities = session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: pixels})
-    return Outputs(logits, probabilities)
-
-
-class MixedRunner:
-    """For sessions on a GPU of which some nodes run on the CPU: arrays go in and come out.
-
-    ONNX Runtime 1.31 ends the process (SIGSEGV) if outputs of such a session are bound to the GPU's memory. All batches
-    run on a thread that the runner keeps, as with `CudaRunner`.
-
-    Args:
-        sessions: by batch size.
-        gpu: device number.
-        shape: height, width, channels.
-    """
-
-    def __init__(self, sessions: dict[int, Any], gpu: int, shape: Sequence[int]) -> None:
-        self._sessions = sessions
-        self._home = ThreadPoolExecutor(1, f"gpu-{gpu}", initializer=cuda.select, initargs=(gpu,))
-        self.pixels = np.zeros((max(sessions), *shape), np.uint8)
-
-    def run(self, bucket: int) -> Outputs:
-        """See `Runner`."""
-        return self._home.submit(self._run, bucket).result()
-
-    def close(self) -> None:
-        """See `Runner`."""
-        self._home.shutdown(wait=False)
-        with capture.GPUS.together():  # what goes gives memory back
-            self._sessions.clear()
-
-    def _run(self, bucket: int) -> Outputs:
-        with capture.GPUS.together():
-            return _plain(self._sessions[bucket], self.pixels[:bucket])
-
-
-class CudaRunner:
+class CudaRunner(_GpuRunner):
     """For CUDA and TensorRT: pixels are page-locked on the host, and every bucket has its place on the GPU.
 
     All batches run on a thread that the runner keeps, whoever asks. With graphs, the kernels of a bucket are captured
@@ -146,7 +163,8 @@ class CudaRunner:
         plain: Callable[[], Any] | None = None,
         memory: str = "cuda",
     ) -> None:
-        self._sessions, self._gpu, self._memory = sessions, gpu, memory
+        super().__init__(sessions, gpu)
+        self._memory = memory
         self._shape, self._classes, self._plain = tuple(shape), classes, plain
         self._uncaptured, self._first = ort.RunOptions(), ort.RunOptions()
         self._ordinary = ort.RunOptions()
@@ -155,7 +173,6 @@ class CudaRunner:
         for options in (self._uncaptured, self._first):
             options.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
         self._begun: set[int] = set()
-        self._home = ThreadPoolExecutor(1, f"gpu-{gpu}", initializer=cuda.select, initargs=(gpu,))
         self._slots: dict[int, _Slot] = {}
         self.pixels = cuda.pages((max(sessions), *shape))
         self._locked = cuda.page_lock(self.pixels)
@@ -165,21 +182,14 @@ class CudaRunner:
             self.close()
             raise
 
-    def run(self, bucket: int) -> Outputs:
-        """See `Runner`."""
-        return self._home.submit(self._run, bucket).result()
+    def _let_go(self) -> None:
+        self._slots.clear()
+        super()._let_go()
+        if self._locked:
+            cuda.page_unlock(self.pixels)
+            self._locked = False
 
-    def close(self) -> None:
-        """See `Runner`."""
-        self._home.shutdown(wait=False)
-        with capture.GPUS.together():  # what goes gives memory back
-            self._slots.clear()
-            self._sessions.clear()
-            if self._locked:
-                cuda.page_unlock(self.pixels)
-                self._locked = False
-
-    def _run(self, bucket: int) -> Outputs:
+    def _compute(self, bucket: int) -> Outputs:
         if bucket in self._begun:
             with capture.GPUS.together():
                 return self._once(bucket, self._ordinary)

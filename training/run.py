@@ -202,12 +202,12 @@ def search_learning_rate(experiment: Experiment, source: Path, runs: Path, displ
     folder = new_run(runs / experiment.name, experiment)
     with writing(folder):
         data.write_reports(folder)
-    stepper, _ = build_stepper(experiment, entry, data, group)
-    short = shortage_told(experiment.loop.images_at_once)
-    with limited_to(threads_for(experiment, stepper, data)), kept_memory(), short:
-        images = build_source(experiment, data, group)
-        stepper.precision = choose_precision(experiment, stepper, images)
-        found = sweep(stepper, images, plan(experiment, entry)[-1])
+    with shortage_told(experiment.loop.images_at_once):
+        stepper, _ = build_stepper(experiment, entry, data, group)
+        with limited_to(threads_for(experiment, stepper, data)), kept_memory():
+            images = build_source(experiment, data, group)
+            stepper.precision = choose_precision(experiment, stepper, images)
+            found = sweep(stepper, images, plan(experiment, entry)[-1])
     plot(found, folder / "learning-rate.png")
     display.say(f"--learning-rate {found.suggestion:.1e}: there the loss falls fastest; {folder / 'learning-rate.png'}")
     return found.suggestion

@@ -10,7 +10,6 @@ All take turns; what is reported is the median over the rounds of each one's med
 warm-up. Needs an NVIDIA GPU with CUDA and cuDNN.
 """
 
-import ctypes
 import json
 import statistics
 import time
@@ -20,52 +19,32 @@ import bench_models
 import click
 import numpy as np
 import onnxruntime as ort
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from service import artifact, cuda, engine
-from service.artifact import INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME
 from service.providers import CUDA, Plan
+from training.runtime import Session
 
 TURN_S = 0.15
 
 
-class PlainSession:
-    """The session that everyone makes first."""
-
-    def __init__(self, path):
-        self._session = ort.InferenceSession(path, providers=[CUDA, "CPUExecutionProvider"])
-
-    def infer(self, chunks):
-        (pixels,) = chunks
-        return self._session.run([LOGITS_NAME, PROBABILITIES_NAME], {INPUT_NAME: pixels})
-
-    def close(self):
-        self._session = None
-
-
 def executor(version, file, largest, **options):
+    """What runs pixels on the service's executor."""
     (one,) = engine.build(version, Plan(CUDA, 1, gpus=(0,), options=options), largest, file)
     engine.warm_up([one])
-    return one
+    return lambda pixels: one.infer([pixels])
 
 
-def free_bytes():
-    """Of GPU 0."""
-    runtime = ctypes.CDLL("libcudart.so.13")
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
-    return free.value
-
-
-def batch_ms(one, pixels):
+def batch_ms(run, pixels):
     """Median milliseconds of a batch."""
     for _ in range(3):
-        one.infer([pixels])
+        run(pixels)
     took, began = [], time.perf_counter()
     while time.perf_counter() - began < TURN_S or len(took) < 5:
         start = time.perf_counter()
-        one.infer([pixels])
+        run(pixels)
         took.append(time.perf_counter() - start)
     return 1e3 * statistics.median(took)
 
@@ -74,7 +53,7 @@ def measured(version, file, largest, rounds, console):
     """Milliseconds of a batch by kind of session and batch size; seconds to load; MiB on the GPU."""
     path = version.file(file)
     makers = {
-        "plain": lambda: PlainSession(path),
+        "plain": lambda: Session(path.read_bytes(), CUDA).run,
         "no graph": lambda: executor(version, file, largest, enable_cuda_graph="0"),
         "graph": lambda: executor(version, file, largest),
     }
@@ -83,19 +62,17 @@ def measured(version, file, largest, rounds, console):
     pixels = random.integers(0, 256, (largest, *version.manifest.input.shape), np.uint8)
     running, load_s, mib = {}, {}, {}
     for name, make in makers.items():
-        before, began = free_bytes(), time.perf_counter()
+        before, began = torch.cuda.mem_get_info()[0], time.perf_counter()
         running[name] = make()
         for size in sizes:
-            running[name].infer([pixels[:size]])
+            running[name](pixels[:size])
         load_s[name] = time.perf_counter() - began
-        mib[name] = (before - free_bytes()) / 2**20
+        mib[name] = (before - torch.cuda.mem_get_info()[0]) / 2**20
     found = {name: {size: [] for size in sizes} for name in makers}
     for _ in range(rounds):
         for size in sizes:
-            for name, one in running.items():
-                found[name][size].append(batch_ms(one, pixels[:size]))
-    for one in running.values():
-        one.close()
+            for name, run in running.items():
+                found[name][size].append(batch_ms(run, pixels[:size]))
     table = Table("batch", *(f"{name}, ms" for name in makers), "images/s", "plain / graph", title=str(path))
     for size in sizes:
         times = [statistics.median(found[name][size]) for name in makers]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from convoy.v1 import admin_pb2, admin_pb2_grpc
 from convoy.v1 import image_classifier_pb2 as pb
 from convoy.v1 import image_classifier_pb2_grpc as pb_grpc
 from toys import ROOT, Followed, Process, cache, environment, grey_levels, grey_png, serve_process, write_version
@@ -17,22 +18,19 @@ from toys import ROOT, Followed, Process, cache, environment, grey_levels, grey_
 CLASSES = 10
 ON_CUDA = ("--providers", "cuda")
 
-# `convoy`, and a thread that loses the GPU when a file appears.
+# `convoy`, and a thread that loses the GPU at a signal.
 LOSES = """
-import sys, threading, time
-from pathlib import Path
-import gpu_memory
+import signal, sys, threading
+import lost_gpu
 from service.cli import main
 
-when = Path(sys.argv[1])
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # for the threads to come, too
 
 def wait():
-    while not when.exists():
-        time.sleep(0.02)
-    gpu_memory.lose()
+    signal.sigwait({signal.SIGUSR1})
+    lost_gpu.lose()
 
 threading.Thread(target=wait, daemon=True).start()
-sys.argv = ["convoy", *sys.argv[2:]]
 main()
 """
 
@@ -50,49 +48,36 @@ def classify(stub, levels):
 
 
 def test_it_classifies_while_it_reloads(repository):
-    stop, wrong, answers = threading.Event(), [], []
+    stop = threading.Event()
 
     def keep_asking(stub, seed):
-        levels = grey_levels(20 + seed)[seed:]
+        levels, asked = grey_levels(20 + seed)[seed:], 0
         while not stop.is_set():
-            try:
-                found = classify(stub, levels)
-            except grpc.RpcError as error:
-                wrong.append(error)
-            else:
-                answers.append(found)
-                wrong.extend([found] if found != [index for _, index in levels] else [])
+            assert classify(stub, levels) == [index for _, index in levels]
+            asked += 1
+        return asked
 
     with (
-        serve_process(repository, "--repository-poll-s", "0.2", providers="cuda") as (_, ready),
+        serve_process(repository, "--admin-port", "0", "--repository-poll-s", "0", providers="cuda") as (_, ready),
         grpc.insecure_channel(ready["grpc"]) as channel,
+        grpc.insecure_channel(ready["admin"]) as admin,
         ThreadPoolExecutor(8) as pool,
     ):
-        stub = pb_grpc.ImageClassifierStub(channel)
+        stub, loader = pb_grpc.ImageClassifierStub(channel), admin_pb2_grpc.AdminStub(admin)
         assert served(stub).provider == "CUDAExecutionProvider"
-        for seed in range(8):
-            pool.submit(keep_asking, stub, seed)
+        askers = [pool.submit(keep_asking, stub, seed) for seed in range(8)]
         try:
             for number in (2, 3):
                 write_version(repository, number=number, classes=CLASSES)
-                assert comes(lambda number=number: served(stub).version == number)
+                loader.LoadModel(admin_pb2.LoadModelRequest(model="grey"), timeout=60)
+                assert served(stub).version == number
         finally:
             stop.set()
-    assert not wrong
-    assert len(answers) > 20
+        assert all(asker.result() for asker in askers)
 
 
 def served(stub):
     return stub.GetModel(pb.GetModelRequest(model="grey"), timeout=20).summary
-
-
-def comes(condition, within_s=30):
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_auto_takes_the_gpu(repository):
@@ -104,11 +89,11 @@ def test_auto_takes_the_gpu(repository):
         assert plan["nodes"]
 
 
-def test_a_server_that_loses_its_gpu_fails_liveness_and_ends_by_itself_when_told(repository, tmp_path):
+def test_a_server_that_loses_its_gpu_fails_liveness_and_ends_by_itself_when_told(repository):
     env = environment()
     env["PYTHONPATH"] += f":{ROOT / 'tests' / 'support'}"
     flags = ["--port", "0", "--http-port", "0", "--log-format", "json", "--cache-dir", cache(repository), *ON_CUDA]
-    command = [sys.executable, "-c", LOSES, tmp_path / "now", "serve", "--repository", repository, *flags]
+    command = [sys.executable, "-c", LOSES, "serve", "--repository", repository, *flags]
     server = Process.__new__(Process)
     Followed.__init__(server, list(map(str, command)), cwd=ROOT, env=env)
     try:
@@ -120,16 +105,17 @@ def test_a_server_that_loses_its_gpu_fails_liveness_and_ends_by_itself_when_told
             levels = grey_levels(8)
             assert classify(stub, levels) == [index for _, index in levels]
             assert urllib.request.urlopen(live, timeout=5).status == 200
-            (tmp_path / "now").touch()
+            server.signal(signal.SIGUSR1)
             refused = refusal(stub, levels)
             assert refused.code() == grpc.StatusCode.UNAVAILABLE
-            assert "device is lost" in refused.details()
+            assert "cannot compute this now" in refused.details()
         with pytest.raises(urllib.error.HTTPError) as failed:
             urllib.request.urlopen(live, timeout=5)
         assert failed.value.code == 503
         server.signal(signal.SIGTERM)
         code, log = server.ended()
         assert code == 0, log
+        assert "device lost" in [event["event"] for event in server.events()]
     finally:
         server.kill()
 
@@ -142,5 +128,4 @@ def refusal(stub, levels):
             classify(stub, levels)
         except grpc.RpcError as error:
             return error
-        time.sleep(0.05)
     raise AssertionError("the GPU was not lost")

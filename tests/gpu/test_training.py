@@ -1,26 +1,22 @@
-"""Training on a GPU: every number format, exact continuation, what ends on which device, memory."""
+"""Training on a GPU: every number format, exact continuation, transfer, too little memory, `torchrun`."""
 
-import io
-import json
 import subprocess
 import sys
 
 import pytest
+import runs
 import torch
-from rich.console import Console
+from parts import PARTS
 from toys import environment
 
 from service import artifact
 from service.errors import TrainingError
 from training import checkpoint
 from training.config import Experiment
-from training.display import Display
 from training.folders import LAST
 from training.interrupt import InterruptedRunError
 from training.loop import Trainer
 from training.run import run
-
-NO_GEOMETRY = {"rotation_degrees": 0, "translation": 0, "scale": 0}
 
 
 def experiment(name="digits", **tree):
@@ -30,19 +26,18 @@ def experiment(name="digits", **tree):
 
 
 def trained(recipe, source, folder, **options):
-    shown = Display(Console(file=io.StringIO(), width=120))
-    return run(recipe, source, folder / "models", folder / "runs", shown, **options)
+    return run(recipe, source, folder / "models", folder / "runs", runs.display(), **options)
 
 
 def last_weights(result):
     return checkpoint.load(result.folder / LAST)["stepper"]["model"]
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("precision", "compiled"),
+    [("float32", False), ("bfloat16", False), ("float16", False), ("bfloat16", True)],
+)
 def test_it_learns_in_every_number_format(digit_folder, tmp_path, precision, compiled):
-    if compiled and precision != "bfloat16":
-        pytest.skip("one format shows that compiled kernels train")
     recipe = experiment(
         model={"name": "resnet8", "options": {"width": 0.5}},
         input={"size": 16, "channels": 3},
@@ -54,37 +49,10 @@ def test_it_learns_in_every_number_format(digit_folder, tmp_path, precision, com
     assert artifact.read_manifest(result.version).metrics["accuracy"] == pytest.approx(result.evaluation.accuracy)
 
 
-PARTS = {
-    "rotation, pieces, class weights": {"loop": {"accumulate": 2, "balance": "weights"}},
-    "crops, colour, erasing, mixing": {
-        "model": {"name": "resnet8", "options": {"width": 0.25}},
-        "input": {"size": 16, "channels": 3},
-        "augment": {
-            **NO_GEOMETRY,
-            "crop_padding": 2,
-            "horizontal_flip": True,
-            "fill": "zeros",
-            "erasing": 0.5,
-            "brightness": 0.2,
-            "contrast": 0.2,
-            "saturation": 0.2,
-            "mixup": 0.4,
-            "cutmix": 0.4,
-        },
-        "optimiser": {"name": "sgd"},
-    },
-    "TrivialAugment, auxiliary heads": {
-        "model": {"name": "googlenet", "options": {"width": 0.25}},
-        "augment": {"trivial_augment": True, "crop_area": 0.5, "fill": "reflection"},
-    },
-}
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_a_run_that_is_stopped_ends_as_the_one_that_was_not(digit_folder, tmp_path, part, monkeypatch):
-    tree = json.loads(json.dumps(PARTS[part]))
-    tree["loop"] = {**tree.get("loop", {}), "epochs": 3, "deterministic": True, "ema_decay": 0.9}
-    recipe = experiment(**tree)
+    loop = {**PARTS[part].get("loop", {}), "epochs": 3, "deterministic": True, "ema_decay": 0.9}
+    recipe = experiment(**{**PARTS[part], "loop": loop})
     whole = trained(recipe, digit_folder, tmp_path / "whole")
     fit, stops = Trainer.fit, iter([5])
 
@@ -95,8 +63,7 @@ def test_a_run_that_is_stopped_ends_as_the_one_that_was_not(digit_folder, tmp_pa
     monkeypatch.setattr(Trainer, "fit", stopped)
     with pytest.raises(InterruptedRunError) as interrupted:
         trained(recipe, digit_folder, tmp_path / "cut")
-    folder = interrupted.value.folder
-    again = trained(recipe, digit_folder, tmp_path / "cut", resume=folder)
+    again = trained(recipe, digit_folder, tmp_path / "cut", resume=interrupted.value.folder)
     expected, found = last_weights(whole), last_weights(again)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -124,8 +91,8 @@ def test_too_little_memory_is_told_with_what_helps(digit_folder, tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def test_under_torchrun_with_nccl_it_ends_and_publishes(digit_folder, tmp_path):
-    """With one process for each GPU."""
+def test_under_torchrun_it_ends_and_publishes(digit_folder, tmp_path):
+    """With one process for each GPU; from two on their gradients travel by nccl."""
     count = torch.cuda.device_count()
     places = ["--repository", tmp_path / "models", "--runs", tmp_path / "runs", "--name", "digits"]
     choices = ["--epochs", "2", "--image-size", "16", "--set", "export.variants=[]"]

@@ -292,15 +292,24 @@ async def test_a_failed_start_frees_its_ports(tmp_path):
 async def test_who_sets_executors_gets_threads_and_who_does_not_gets_none_for_a_tiny_model(
     tmp_path, settings, threads, monkeypatch
 ):
-    monkeypatch.setattr(server_module, "_IN_TURN_S", 0.01)  # a busy machine measures the tiny model as a larger one
-    toys.write_version(tmp_path)
-    async with toys.real_server(tmp_path, **settings) as server:
+    monkeypatch.setattr(OrtEngine, "_timed", lambda *_: 50e-6)  # whatever else the machine does
+    assert await infer_threads(tmp_path, settings) == threads
+
+
+async def test_a_model_that_takes_longer_than_a_hand_over_gets_threads_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(OrtEngine, "_timed", lambda *_: 500e-6)
+    assert await infer_threads(tmp_path, {}) > 0
+
+
+async def infer_threads(folder, settings):
+    """How many threads a server with the toy model computes on; it answers, too."""
+    toys.write_version(folder)
+    async with toys.real_server(folder, **settings) as server:
         names = [thread.name for thread in threading.enumerate() if thread.name.startswith("infer-grey")]
         async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             response = await pb_grpc.ImageClassifierStub(channel).Classify(grey_request(255))
-
-    assert len(names) == threads
     assert winners(response) == [9]
+    return len(names)
 
 
 async def test_who_sets_a_window_gets_threads_too(tmp_path):

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from parts import PARTS
 from toys import environment
 
 SCRIPT = Path(__file__).parents[1] / "support" / "second_device.py"
-NO_GEOMETRY = {"rotation_degrees": 0, "translation": 0, "scale": 0}
 
 
 def recipe(name, epochs=2, **tree):
@@ -19,41 +19,10 @@ def recipe(name, epochs=2, **tree):
 
 def recipes(folder):
     """Together they use every part of a step."""
+    weights = str(folder / "cpu" / "runs" / "0" / "1" / "best.pt")
     return {
-        "rotation, pieces, clipping, class weights": recipe(
-            "plain",
-            loop={"accumulate": 2, "balance": "weights", "label_smoothing": 0.1},
-            optimiser={"clip_norm": 1.0},
-        ),
-        "crops, colour, erasing, mixing, whitening": recipe(
-            "mixed",
-            model={"name": "resnet8", "options": {"width": 0.25}},
-            input={"size": 16, "channels": 3},
-            augment={
-                **NO_GEOMETRY,
-                "crop_padding": 2,
-                "horizontal_flip": True,
-                "fill": "zeros",
-                "erasing": 0.5,
-                "brightness": 0.2,
-                "contrast": 0.2,
-                "saturation": 0.2,
-                "mixup": 0.4,
-                "cutmix": 0.4,
-            },
-            optimiser={"name": "sgd"},
-        ),
-        "TrivialAugment, auxiliary heads": recipe(
-            "heads",
-            epochs=1,
-            model={"name": "googlenet", "options": {"width": 0.25}},
-            augment={"trivial_augment": True, "crop_area": 0.5, "fill": "reflection"},
-        ),
-        "phases, frozen layers": recipe(
-            "transfer",
-            epochs=3,
-            transfer={"weights": str(folder / "cpu" / "runs" / "plain" / "1" / "best.pt"), "strategy": "gradual"},
-        ),
+        **{part: recipe(str(number), **tree) for number, (part, tree) in enumerate(PARTS.items())},
+        "phases, frozen layers": recipe("transfer", epochs=3, transfer={"weights": weights, "strategy": "gradual"}),
     }
 
 

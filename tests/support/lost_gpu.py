@@ -1,4 +1,4 @@
-"""What only NVIDIA's libraries can tell or do: how much of a GPU's memory is free, and what loses a GPU."""
+"""What loses a GPU for a process."""
 
 import ctypes
 
@@ -8,14 +8,6 @@ _TRAP = b""".version 7.5
 .address_size 64
 .visible .entry trap_at_once() { trap; }
 """
-
-
-def free_bytes():
-    """Of the calling thread's GPU."""
-    runtime = ctypes.CDLL("libcudart.so.13")
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    assert runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)) == 0
-    return free.value
 
 
 def lose(gpu=0):
